@@ -1,0 +1,58 @@
+"""Compose any attention, run it in O(n) memory, and look at it.
+
+The attention matrix is a value: `A = regard.attention(query, key, ...)` is a lazy linear operator
+made of a score, a position part, a mask and a normalizer. `A @ value` is the output; `A[i]`,
+`A.topk(8)`, `A.entropy()`, `A.pool(256)` look at it. Nothing of size n x n is ever stored.
+"""
+
+from regard.dropout import Dropout
+from regard.errors import (
+    DeviceError,
+    DtypeError,
+    FormError,
+    MissingPackageError,
+    RegardError,
+    ShapeError,
+)
+from regard.mask import Causal, Dense, Documents, Mask, Padding, Prefix, Window
+from regard.matrix import Attention, attention
+from regard.normalizer import Identity, Normalizer, Relu, RowSum, Sigmoid, Softmax
+from regard.position import Alibi, Bias, Position
+from regard.score import Additive, Bilinear, Cosine, Distance, Dot, PositionOnly, Score
+
+__all__ = [
+    "Additive",
+    "Alibi",
+    "Attention",
+    "Bias",
+    "Bilinear",
+    "Causal",
+    "Cosine",
+    "Dense",
+    "DeviceError",
+    "Distance",
+    "Documents",
+    "Dot",
+    "Dropout",
+    "DtypeError",
+    "FormError",
+    "Identity",
+    "Mask",
+    "MissingPackageError",
+    "Normalizer",
+    "Padding",
+    "Position",
+    "PositionOnly",
+    "Prefix",
+    "RegardError",
+    "Relu",
+    "RowSum",
+    "Score",
+    "ShapeError",
+    "Sigmoid",
+    "Softmax",
+    "Window",
+    "attention",
+]
+
+__version__ = "0.1.0"

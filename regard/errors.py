@@ -1,0 +1,188 @@
+"""What is said when an input cannot work: every check of shape, dtype and device, in one place.
+
+A message says what was asked, what was given, and what would work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DeviceError",
+    "DtypeError",
+    "FormError",
+    "MissingPackageError",
+    "RegardError",
+    "ShapeError",
+]
+
+
+class RegardError(Exception):
+    """The base of every error that `regard` raises on purpose."""
+
+
+class ShapeError(RegardError, ValueError):
+    """Shapes, lengths, widths or indices that do not fit together."""
+
+
+class DtypeError(RegardError, TypeError):
+    """A tensor or an argument of a kind that cannot be used here."""
+
+
+class DeviceError(RegardError, ValueError):
+    """Tensors that live on different devices."""
+
+
+class FormError(RegardError, ValueError):
+    """A form was asked for what it cannot compute exactly."""
+
+
+class MissingPackageError(RegardError, ImportError):
+    """An optional package is not installed; the message names the command that installs it.
+
+    >>> str(MissingPackageError("transformers", extra="look"))
+    'this needs the package transformers, which is not installed: pip install "regard[look]"'
+    """
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        super().__init__(
+            f"this needs the package {package}, which is not installed: "
+            f'pip install "regard[{extra}]"'
+        )
+
+
+def show(shape: Sequence[int]) -> str:
+    """A shape as people write it.
+
+    >>> show(torch.Size([2, 8, 5, 64]))
+    '(2, 8, 5, 64)'
+    """
+    return str(tuple(shape))
+
+
+def check_tensor(name: str, tensor: object, *, dims: int = 2) -> None:
+    """Raise unless `tensor` is a floating point tensor with at least `dims` axes."""
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(
+            f"{name} must be a torch.Tensor, not {type(tensor).__name__}; "
+            f"torch.as_tensor({name}) makes one."
+        )
+    if not tensor.is_floating_point():
+        raise DtypeError(
+            f"{name} has dtype {tensor.dtype}; attention needs a floating point dtype: "
+            f"{name}.float() makes one."
+        )
+    if tensor.dim() < dims:
+        raise ShapeError(
+            f"{name} has shape {show(tensor.shape)}; it must be [*batch, heads, length, width], "
+            "or [length, width] for a single head."
+        )
+
+
+def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless two tensors share dtype and device."""
+    if tensor.dtype != other.dtype:
+        raise DtypeError(
+            f"{name} has dtype {tensor.dtype} but {other_name} has {other.dtype}; "
+            f"convert one of them, for example {name}.to({other_name}.dtype)."
+        )
+    if tensor.device != other.device:
+        raise DeviceError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; "
+            f"move one of them, for example {name}.to({other_name}.device)."
+        )
+
+
+def check_device(what: str, tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Raise unless every tensor of a part lives on `device`."""
+    for tensor in tensors:
+        if tensor.device != device:
+            raise DeviceError(
+                f"{what} holds a tensor on {tensor.device} but query is on {device}; "
+                f"build it with tensors moved by .to({str(device)!r})."
+            )
+
+
+def check_width(query: Tensor, key: Tensor, score: object) -> None:
+    """Raise unless query and key vectors have the same width."""
+    if query.shape[-1] != key.shape[-1]:
+        raise ShapeError(
+            f"{score} compares vectors of one width, but query has width {query.shape[-1]} and "
+            f"key has width {key.shape[-1]}; project one of them, or use Bilinear, whose weight "
+            "maps between two widths."
+        )
+
+
+def broadcast_batch(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """The batch and head axes of the matrix; raise where they do not fit.
+
+    Heads are axis -3. Fewer key heads than query heads are groups: query head h reads key head
+    h // (heads / key heads).
+    """
+    heads, key_heads = _heads(query), _heads(key)
+    if not groups(heads, key_heads) and heads != 1:
+        raise ShapeError(
+            f"query has {heads} heads and key has {key_heads}; the number of query heads must be "
+            "a multiple of the number of key heads (grouped-query attention). "
+            f"query {show(query.shape)}, key {show(key.shape)}; heads are axis -3."
+        )
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+    except RuntimeError:
+        raise ShapeError(
+            f"the batch axes of query {show(query.shape)} and key {show(key.shape)} do not "
+            "broadcast; all axes before [heads, length, width] must be equal or 1."
+        ) from None
+    if query.dim() < 3 and key.dim() < 3:
+        return ()
+    return (*batch, max(heads, key_heads))
+
+
+def check_value(shape: Sequence[int], key: Tensor, value: Tensor) -> None:
+    """Raise unless a value of [*batch, key heads, key length, any width] can be mixed."""
+    length = shape[-1]
+    if value.shape[-2] != length:
+        raise ShapeError(
+            f"the matrix has shape {show(shape)}, so value must have length {length} on axis -2, "
+            f"but it has shape {show(value.shape)}."
+        )
+    heads, key_heads = _heads(key), _heads(value)
+    total = shape[-3] if len(shape) > 2 else 1
+    if total != 1 and not groups(total, key_heads):
+        raise ShapeError(
+            f"value has {key_heads} heads (axis -3 of {show(value.shape)}), key has {heads} and "
+            f"the matrix has {total}; give value as many heads as key."
+        )
+    try:
+        torch.broadcast_shapes(value.shape[:-3], shape[:-3])
+    except RuntimeError:
+        raise ShapeError(
+            f"the batch axes of value {show(value.shape)} do not broadcast against the matrix "
+            f"{show(shape)}."
+        ) from None
+
+
+def check_fits(what: str, given: Sequence[int], batch: Sequence[int]) -> None:
+    """Raise unless axes `given` broadcast to the matrix's [*batch, heads] without enlarging it."""
+    try:
+        fits = torch.broadcast_shapes(given, batch) == torch.Size(batch)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ShapeError(
+            f"{what} has batch and head axes {show(given)}, but the matrix has {show(batch)} "
+            "([*batch, heads]); each must be equal or 1. Masks about tokens (Padding, Documents, "
+            "Prefix) take [*batch, length] and add the head axis themselves."
+        )
+
+
+def groups(heads: int, key_heads: int) -> bool:
+    """Whether `heads` query heads can share `key_heads` key heads in equal groups."""
+    return key_heads > 0 and heads % key_heads == 0 or heads == key_heads
+
+
+def _heads(tensor: Tensor) -> int:
+    return tensor.shape[-3] if tensor.dim() > 2 else 1

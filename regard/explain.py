@@ -1,0 +1,112 @@
+"""What would run, and what it would cost, before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from regard import errors, form
+from regard.form.tiles import Tiles, compute_dtype
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `A.explain(value)`; print it.
+
+    form: what `A @ value` runs; kernel: the code behind it
+    pairs: visible (query, key) pairs over all batch entries and heads
+    flops: of the forward product; bytes: read and written at least; memory: extra bytes at the peak
+    tile: side of a tile; not_chosen: for each other form, why it does not run
+    """
+
+    matrix: str
+    form: str
+    kernel: str
+    pairs: int
+    pairs_in_all: int
+    flops: int
+    bytes: int
+    memory: int
+    tile: int
+    not_chosen: dict[str, str]
+
+    def __str__(self) -> str:
+        share = 100 * self.pairs / self.pairs_in_all if self.pairs_in_all else 0
+        lines = [
+            self.matrix,
+            f"  form      {self.form}: {self.kernel}",
+            f"  pairs     {self.pairs:,} visible of {self.pairs_in_all:,} ({share:.3g} %)",
+            f"  work      {_scaled(self.flops, 1000, 'flop')}",
+            f"  traffic   {_scaled(self.bytes, 1024, 'B')} of inputs and output",
+            f"  memory    {_scaled(self.memory, 1024, 'B')} beyond them, tiles of side {self.tile}",
+        ]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.not_chosen.items()])
+
+    __repr__ = __str__
+
+
+def explain(matrix: Attention, value: Tensor | None) -> Explanation:
+    """See `Attention.explain`."""
+    if value is not None:
+        errors.check_tensor("value", value)
+        errors.check_value(matrix.shape, matrix.key, value)
+    name = form.choose(matrix)
+    tiles = Tiles.of(matrix)
+    lanes = matrix.shape[:-2].numel()
+    width, out = matrix.query.shape[-1], (matrix.key if value is None else value).shape[-1]
+    n = matrix.shape[-2]
+    pairs_in_all = matrix.shape.numel()
+    if matrix.runs is None:
+        pairs = pairs_in_all
+    else:
+        counts = matrix.runs.counts()
+        pairs = int(counts.sum()) * lanes // max(counts[..., 0].numel(), 1) if n else 0
+    size = matrix.query.element_size()
+    inputs = matrix.query.numel() + matrix.key.numel()
+    inputs += (matrix.key if value is None else value).numel()
+    numbers = matrix.score.numbers_per_pair(width)
+    wide = compute_dtype(matrix.dtype).itemsize
+    tile_bytes = lanes * tiles.side**2 * (numbers + 2) * wide
+    return Explanation(
+        matrix=repr(matrix),
+        form=name,
+        kernel="generic tiles in PyTorch, running normalizer, backward recomputes",
+        pairs=pairs,
+        pairs_in_all=pairs_in_all,
+        flops=pairs * (matrix.score.flops_per_pair(width) + 2 * out),
+        bytes=(inputs + lanes * n * out) * size,
+        memory=tile_bytes + lanes * n * wide,
+        tile=tiles.side,
+        not_chosen={
+            other: module.needs(matrix) or _dearer(matrix, other)
+            for other, module in form.FORMS.items()
+            if other != name
+        },
+    )
+
+
+def _dearer(matrix: Attention, name: str) -> str:
+    stored = _scaled(matrix.shape.numel() * matrix.query.element_size(), 1024, "B")
+    return f"it applies, but would store {stored} of weights" if name == "dense" else "it is slower"
+
+
+def _scaled(number: int, base: int, unit: str) -> str:
+    """A number with a prefix.
+
+    >>> _scaled(3 * 2**20, 1024, "B"), _scaled(2_500_000, 1000, "flop")
+    ('3.0 MiB', '2.5 Mflop')
+    """
+    amount, prefix = float(number), ""
+    for bigger in ("k", "M", "G", "T", "P"):
+        if amount < base:
+            break
+        amount, prefix = amount / base, bigger
+    binary = "i" if prefix and base == 1024 else ""
+    prefix = prefix.upper() if base == 1024 else prefix
+    digits = 0 if not prefix else 1
+    return f"{amount:.{digits}f} {prefix}{binary}{unit}"

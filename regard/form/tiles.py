@@ -1,0 +1,177 @@
+"""A matrix cut into tiles: which tiles there are, their logits and their weights.
+
+Memory is that of one tile. Rows of tiles come in order; tiles that the mask empties do not come,
+and tiles that it leaves whole come without a test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.dropout import Dropout
+from regard.normalizer import State
+from regard.part import positions
+from regard.rule import Rule
+from regard.runs import Runs, Span
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+# Numbers held by one tile over all batch entries and heads. Measured on 2 cores with 1 MiB of
+# second-level cache each, n = 8192, width 64, float32, forward and backward: see bench/RESULTS.md.
+TILE_NUMBERS = 2**19
+LARGEST_SIDE = 1024
+SMALLEST_SIDE = 16
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: half precision inputs are summed in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def side(lanes: int, numbers_per_pair: int) -> int:
+    """The side of a square tile: a power of two, so that tiles of a mask line up.
+
+    >>> side(1, 1), side(96, 1), side(8, 128)
+    (512, 64, 16)
+    """
+    pairs = TILE_NUMBERS // max(lanes * numbers_per_pair, 1)
+    length = 1 << max(math.isqrt(max(pairs, 1)).bit_length() - 1, 0)
+    return min(max(length, SMALLEST_SIDE), LARGEST_SIDE)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """What is needed to compute any tile from the operands."""
+
+    rule: Rule
+    runs: Runs | None
+    dropout: Dropout | None
+    lanes: Tensor
+    shape: tuple[int, ...]
+    side: int
+
+    @staticmethod
+    def of(matrix: Attention) -> Tiles:
+        """Cut a matrix."""
+        lanes = math.prod(matrix.shape[:-2])
+        numbers = matrix.rule.score.numbers_per_pair(matrix.query.shape[-1])
+        return Tiles(
+            matrix.rule, matrix.runs, matrix.dropout, matrix.lanes, tuple(matrix.shape),
+            side(lanes, numbers),
+        )  # fmt: skip
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch and head axes."""
+        return self.shape[:-2]
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Slices of `side` rows that cover all rows."""
+        return _slices(self.shape[-2], self.side)
+
+    def spans(self, rows: slice) -> list[Span]:
+        """The blocks of columns that these rows see."""
+        if self.runs is None:
+            return [Span(columns, True) for columns in _slices(self.shape[-1], self.side)]
+        return self.runs.spans(rows, self.side)
+
+    def keep(self, rows: slice, span: Span) -> Tensor | None:
+        """Which pairs of a tile are visible; None if all are."""
+        if span.full or self.runs is None:
+            return None
+        return self.runs.keep(rows, span.columns)
+
+    def logits(
+        self, query: Tensor, key: Tensor, rows: slice, span: Span, rule: Rule | None = None
+    ) -> Tensor:
+        """Logits of a tile, [*batch, r, c], from the operands' own rows `query` and `key`.
+
+        rule: the rule cut to this tile, where the caller has already done so
+        """
+        rule = self.rule.cut(rows, span.columns) if rule is None else rule
+        i, j = self.at(rows, span.columns)
+        keep = self.keep(rows, span)
+        logits = rule.logits(query, key, i, j, keep, rule.normalizer.hidden)
+        return logits.expand(*self.batch, i.numel(), j.numel())
+
+    def drop(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor | None:
+        """Dropout factors of a tile, or None."""
+        if self.dropout is None:
+            return None
+        return self.dropout.factors(self.lanes, *self.at(rows, columns), dtype)
+
+    def at(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """The positions of a tile's rows and columns."""
+        device = self.lanes.device
+        return positions(rows, self.shape[-2], device), positions(columns, self.shape[-1], device)
+
+    def walk(self, query: Tensor, key: Tensor, row: Tensor) -> Iterator[Tile]:
+        """Every visible tile with its weights: what all looking goes through.
+
+        row [*batch, n]: the rows' statistic, from `statistics`
+        """
+        dtype = compute_dtype(query.dtype)
+        for rows in self.row_blocks():
+            of_rows = query[..., rows, :].to(dtype)
+            for span in self.spans(rows):
+                logits = self.logits(of_rows, key[..., span.columns, :].to(dtype), rows, span)
+                weights = self.rule.normalizer.weights(logits, row[..., rows])
+                drop = self.drop(rows, span.columns, dtype)
+                yield Tile(rows, span, weights if drop is None else weights * drop)
+
+    def statistics(self, query: Tensor, key: Tensor) -> Tensor:
+        """Each row's statistic, [*batch, n]: what turns logits into weights."""
+        if self.rule.normalizer.by_pair:
+            dtype = compute_dtype(query.dtype)
+            return query.new_zeros(*self.shape[:-1], dtype=dtype)
+        nothing = key.new_zeros(key.shape[-2], 0)
+        return self.product(query, key, nothing)[1]
+
+    def product(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix times value, [*batch, n, e], and the rows' statistic, [*batch, n]."""
+        dtype = compute_dtype(query.dtype)
+        rows_in_all = self.shape[-2]
+        batch = self.output_batch(value)
+        output = value.new_empty(*batch, rows_in_all, value.shape[-1])
+        statistic = value.new_empty(*self.batch, rows_in_all, dtype=dtype)
+        normalizer = self.rule.normalizer
+        for rows in self.row_blocks():
+            of_rows = query[..., rows, :].to(dtype)
+            count = rows.stop - rows.start
+            zeros = value.new_zeros(*batch, count, value.shape[-1], dtype=dtype)
+            state: State = normalizer.neutral((*self.batch, count), zeros)
+            for span in self.spans(rows):
+                of_columns, of_values = (x[..., span.columns, :].to(dtype) for x in (key, value))
+                logits = self.logits(of_rows, of_columns, rows, span)
+                drop = self.drop(rows, span.columns, dtype)
+                state = normalizer.absorb(state, logits, of_values, drop)
+            output[..., rows, :], statistic[..., rows] = normalizer.finish(state)
+        return output, statistic
+
+    def output_batch(self, value: Sequence[int] | Tensor) -> tuple[int, ...]:
+        """The batch and head axes of the matrix times value: value heads are shared by groups."""
+        axes = list(value.shape[:-2] if isinstance(value, Tensor) else value)
+        if axes and self.batch:
+            axes[-1] = max(axes[-1], self.batch[-1]) if axes[-1] != 1 else 1
+        return tuple(torch.broadcast_shapes(axes, self.batch))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Weights [*batch, r, c] of one tile."""
+
+    rows: slice
+    span: Span
+    weights: Tensor
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

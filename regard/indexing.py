@@ -1,0 +1,160 @@
+"""`A[...]`: from an index, as of a tensor of the same shape, to weights or to a smaller lazy matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regard import errors, grouped
+from regard.form import dense, tiled
+from regard.form.tiles import TILE_NUMBERS
+from regard.part import Index, narrow, positions
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+EVERY = slice(None)
+
+
+def take(matrix: Attention, index: Any) -> Tensor | Attention:
+    """Weights where rows or columns are picked; a lazy matrix where only batch axes are."""
+    *batch_picks, row_pick, column_pick = _complete(index, matrix)
+    if any(pick != EVERY for pick in batch_picks):
+        sizes = matrix.shape[:-2]
+        matrix = matrix.narrow(
+            tuple(
+                _batch_pick(p, s, a)
+                for a, (p, s) in enumerate(zip(batch_picks, sizes, strict=True))
+            )
+        )
+    n, m = matrix.shape[-2:]
+    rows = as_index(row_pick, n, "row", matrix.device)
+    columns = as_index(column_pick, m, "column", matrix.device)
+    if _is_every(rows, n) and _is_every(columns, m):
+        return matrix
+    if _is_every(rows, n) and not _is_every(columns, m):
+        weights = _columns(matrix, columns)
+    else:
+        weights = _rows(matrix, rows, columns)
+    if isinstance(column_pick, int):
+        weights = weights.squeeze(-1)
+    return (
+        weights.squeeze(-1 if isinstance(column_pick, int) else -2)
+        if isinstance(row_pick, int)
+        else weights
+    )
+
+
+def as_index(pick: Any, length: int, name: str, device: torch.device) -> Index:
+    """A slice of step 1, or a tensor of positions; an integer is a tensor of one.
+
+    >>> as_index(slice(-2, None), 5, "row", torch.device("cpu"))
+    slice(3, 5, None)
+    >>> as_index([0, -1], 5, "row", torch.device("cpu"))
+    tensor([0, 4])
+    """
+    if isinstance(pick, slice):
+        start, stop, step = pick.indices(length)
+        if step == 1:
+            return slice(start, max(start, stop))
+        return torch.arange(start, stop, step, device=device)
+    if not isinstance(pick, (int, list, tuple, range, Tensor)) or isinstance(pick, bool):
+        raise errors.ShapeError(
+            f"a {name} index is a number, a slice, or a list or tensor of positions, not {pick!r}."
+        )
+    if isinstance(pick, range):
+        pick = list(pick)
+    given = torch.as_tensor(pick, device=device)
+    if given.dtype == torch.bool and given.shape == (length,):
+        return given.nonzero()[:, 0]
+    if given.dim() > 1 or given.is_floating_point() or given.dtype == torch.bool:
+        raise errors.ShapeError(
+            f"a {name} index must be integers [count], or bool [{length}], not {given.dtype} "
+            f"{errors.show(given.shape)}."
+        )
+    at = given.reshape(-1).long()
+    if at.numel() and not bool(((at >= -length) & (at < length)).all()):
+        raise IndexError(f"{name} index {pick!r} is out of range: the matrix has {length} {name}s.")
+    return torch.where(at < 0, at + length, at)
+
+
+def operand(tensor: Tensor, batch: tuple[int, ...], index: tuple[Any, ...]) -> Tensor:
+    """Query or key of the batch entries and heads picked; a head takes its group's key head."""
+    if tensor.dim() > 2 and batch and 1 < tensor.shape[-3] < batch[-1]:
+        size = batch[-1] // tensor.shape[-3]
+        if isinstance(index[-1], int):
+            index = (*index[:-1], index[-1] // size)
+            batch = (*batch[:-1], tensor.shape[-3])
+        elif index[-1] == EVERY:
+            batch = (*batch[:-1], tensor.shape[-3])
+        else:
+            tensor = grouped.match(tensor, batch[-1])
+    return narrow(tensor, 2, batch, index)
+
+
+def _rows(matrix: Attention, rows: Index, columns: Index) -> Tensor:
+    """Whole rows by the definition, some at a time, of which the columns are kept."""
+    at = positions(rows, matrix.shape[-2], matrix.device)
+    line = max(matrix.shape[:-2].numel() * matrix.shape[-1], 1)
+    pieces = [
+        dense.weights(matrix, piece)[..., columns]
+        for piece in at.split(max(TILE_NUMBERS // line, 1))
+    ]
+    return torch.cat(pieces, -2)
+
+
+def _columns(matrix: Attention, columns: Index) -> Tensor:
+    """Some columns of all rows: one pass over the tiles for the rows' statistics, then a block."""
+    normalizer = matrix.normalizer
+    logits = dense.logits(matrix, EVERY, columns, normalizer.hidden)
+    weights = normalizer.weights(logits, tiled.statistics(matrix)).to(matrix.dtype)
+    if matrix.dropout is None:
+        return weights
+    n, m = matrix.shape[-2:]
+    at = positions(EVERY, n, matrix.device), positions(columns, m, matrix.device)
+    return weights * matrix.dropout.factors(matrix.lanes, *at, weights.dtype)
+
+
+def _complete(index: Any, matrix: Attention) -> list[Any]:
+    """One pick for each axis."""
+    picks = list(index) if isinstance(index, tuple) else [index]
+    axes = len(matrix.shape)
+    dots = [place for place, pick in enumerate(picks) if pick is Ellipsis]
+    if len(dots) > 1 or len(picks) - len(dots) > axes:
+        raise IndexError(
+            f"{len(picks)} indices for a matrix with {axes} axes {errors.show(matrix.shape)}."
+        )
+    missing = [EVERY] * (axes - len(picks) + len(dots))
+    if dots:
+        picks[dots[0] : dots[0] + 1] = missing
+    else:
+        picks += missing
+    if any(pick is None for pick in picks):
+        raise errors.ShapeError("None adds an axis, which a lazy matrix cannot; index the result.")
+    return [_plain(pick) for pick in picks]
+
+
+def _plain(pick: Any) -> Any:
+    """Numbers that are not Python integers, such as a tensor without axes, as one."""
+    if isinstance(pick, Tensor) and pick.dim() == 0 and not pick.is_floating_point():
+        return int(pick)
+    return pick
+
+
+def _batch_pick(pick: Any, size: int, axis: int) -> Any:
+    if isinstance(pick, slice):
+        return pick
+    if isinstance(pick, int) and not isinstance(pick, bool):
+        if not -size <= pick < size:
+            raise IndexError(f"index {pick} is out of range: axis {axis} has size {size}.")
+        return pick % size
+    raise errors.ShapeError(
+        f"batch entries and heads are picked by numbers and slices, not {pick!r}; index rows or "
+        "columns first, then the tensor that comes back."
+    )
+
+
+def _is_every(index: Index, length: int) -> bool:
+    return isinstance(index, slice) and index == slice(0, length)

@@ -1,0 +1,328 @@
+"""Masks: which keys a query may attend to. True = may attend.
+
+A mask is a value that states a rule; `&`, `|` and `~` combine masks. It becomes numbers only when
+a matrix asks for its runs (`regard.runs`), for given lengths and on one device.
+
+Row i of the matrix stands at position i + offset: queries that continue a sequence of cached keys
+give the number of keys before them, which is never guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from regard import errors
+from regard.part import Part
+from regard.runs import Runs
+
+
+class Mask(Part):
+    """Base of all masks."""
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
+        """Each row's visible keys, for `rows` queries and `columns` keys."""
+        raise NotImplementedError
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+
+def compile_mask(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
+    """The runs of a mask; masks without tensors are compiled once and kept."""
+    if mask.tensors():  # a tensor may change in place between two calls
+        return mask.runs(rows, columns, device)
+    return _compiled(mask, rows, columns, device)
+
+
+@lru_cache(maxsize=32)
+def _compiled(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
+    return mask.runs(rows, columns, device)
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Mask):
+    """Key j is visible to row i iff j <= i + offset.
+
+    >>> Causal().runs(3, 3, torch.device("cpu")).keep(slice(0, 3), slice(0, 3)).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+
+    offset: int = 0
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        stop = torch.arange(rows, device=device) + (self.offset + 1)
+        return Runs.intervals(torch.zeros_like(stop), stop, columns)
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Mask):
+    """Key j is visible to row i iff -left <= j - (i + offset) <= right: the token and neighbours.
+
+    left, right: counts of neighbours, the token itself always included; None for no limit.
+    `Causal() & Window(256, 0)` is a causal window of 257 keys.
+    Beltagy, Peters, Cohan 2020, arXiv:2004.05150, section 3.1.
+
+    >>> Window(1, 0).runs(3, 3, torch.device("cpu")).keep(slice(0, 3), slice(0, 3)).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+
+    left: int | None
+    right: int | None
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        for side in (self.left, self.right):
+            if side is not None and side < 0:
+                raise ValueError(
+                    f"Window(left, right) counts neighbours and needs numbers >= 0 or None, not "
+                    f"Window({self.left}, {self.right}); move it with offset."
+                )
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        at = torch.arange(rows, device=device) + self.offset
+        start = torch.zeros_like(at) if self.left is None else at - self.left
+        stop = torch.full_like(at, columns) if self.right is None else at + self.right + 1
+        return Runs.intervals(start, stop, columns)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Prefix(Mask):
+    """The first `length` keys are visible to every row. `Causal() | Prefix(n)` is a prefix LM.
+
+    length: a number, or integers [*batch]
+    Raffel et al. 2020 (T5), arXiv:1910.10683, section 3.2.1.
+
+    >>> mask = Causal() | Prefix(2)
+    >>> mask.runs(3, 3, torch.device("cpu")).keep(slice(0, 3), slice(0, 3)).int()
+    tensor([[1, 1, 0],
+            [1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+
+    length: int | Tensor
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        length = torch.as_tensor(self.length, device=device)
+        _check_integers("Prefix's length", length)
+        stop = _add_heads(length)[..., None].expand(*_add_heads(length).shape, rows)
+        return Runs.intervals(torch.zeros_like(stop), stop, columns)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Padding(Mask):
+    """Keys that are real; the others are visible to no row.
+
+    keep: bool [*batch, m], True = a real token (the head axis is added)
+    Raises DtypeError unless bool, ShapeError where m is not the key length.
+
+    >>> Padding(torch.tensor([True, True, False]))
+    Padding(tensor(3))
+    """
+
+    keep: Tensor
+
+    def __post_init__(self) -> None:
+        _check_bool("Padding", self.keep)
+
+    @staticmethod
+    def of_lengths(lengths: Tensor, columns: int) -> Padding:
+        """Sequences of the given lengths [*batch], padded at the end to `columns` keys.
+
+        >>> Padding.of_lengths(torch.tensor([1, 3]), 3).keep.int()
+        tensor([[1, 0, 0],
+                [1, 1, 1]], dtype=torch.int32)
+        """
+        _check_integers("lengths", lengths)
+        return Padding(torch.arange(columns, device=lengths.device) < lengths[..., None])
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        _check_length("Padding", self.keep, columns, "keys")
+        line = Runs.dense(_add_heads(self.keep, 1)[..., None, :])
+        # Every row of a sequence has the runs of its one line of keys.
+        twin = Runs((*line.batch, 1), 1, columns, line.offsets, line.start, line.stop)
+        wide = twin.expand((*line.batch, rows))
+        return Runs(line.batch, rows, columns, wide.offsets, wide.start, wide.stop)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Documents(Mask):
+    """Row i sees key j iff both belong to one document: sequences packed into one.
+
+    ids: integers [*batch, n], one document number per token (the head axis is added)
+    key_ids: the same for keys [*batch, m]; default: the keys are the tokens of the rows
+
+    >>> Documents(torch.tensor([0, 0, 1])).runs(3, 3, torch.device("cpu")).counts()
+    tensor([2, 2, 1])
+    """
+
+    ids: Tensor
+    key_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_integers("Documents", self.ids)
+        if self.key_ids is not None:
+            _check_integers("Documents' key_ids", self.key_ids)
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        keys = self.ids if self.key_ids is None else self.key_ids
+        _check_length("Documents", self.ids, rows, "rows")
+        _check_length("Documents", keys, columns, "keys")
+        batch = torch.broadcast_shapes(self.ids.shape[:-1], keys.shape[:-1])
+        shape = tuple(_add_heads(torch.empty(batch, device="meta")).shape) if batch else ()
+        of_row, of_key = _in_lanes(*(x.expand(*batch, -1) for x in (self.ids, keys)))
+        # Segments of equal neighbours among the keys; segments of one document become neighbours.
+        fresh = torch.ones_like(of_key, dtype=torch.bool)
+        fresh[:, 1:] = of_key[:, 1:] != of_key[:, :-1]
+        lane, start = fresh.nonzero().unbind(-1)
+        stop = torch.full_like(start, columns)
+        stop[:-1] = torch.where(lane[1:] == lane[:-1], start[1:], columns)
+        label, order = of_key[lane, start].sort(stable=True)
+        start, stop = start[order], stop[order]
+        wanted = of_row.flatten()
+        first = torch.searchsorted(label, wanted)
+        count = torch.searchsorted(label, wanted, right=True) - first
+        shift = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
+        picked = torch.arange(shift.numel(), device=shift.device) + shift
+        offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        return Runs(shape, rows, columns, offsets, start[picked].int(), stop[picked].int())
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Dense(Mask):
+    """Any mask at all, as a bool tensor [*batch, heads, n, m] (or what broadcasts to it).
+
+    It is stored as runs; the tensor itself is as large as the matrix, so prefer a rule.
+
+    >>> Dense(torch.eye(3, dtype=torch.bool)).runs(3, 3, torch.device("cpu")).counts()
+    tensor([1, 1, 1])
+    """
+
+    keep: Tensor
+
+    def __post_init__(self) -> None:
+        _check_bool("Dense", self.keep)
+        if self.keep.dim() < 2:
+            raise errors.ShapeError(
+                f"Dense has shape {errors.show(self.keep.shape)}; it must be [*batch, heads, n, m]."
+                " A mask of keys alone is Padding(keep)."
+            )
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        given = self.keep.shape[-2:]
+        if any(g not in (1, w) for g, w in zip(given, (rows, columns), strict=True)):
+            raise errors.ShapeError(
+                f"Dense mask has shape {errors.show(self.keep.shape)}, but the matrix has {rows} "
+                f"rows and {columns} columns; its last two axes must be these, or 1."
+            )
+        return Runs.dense(self.keep.expand(*self.keep.shape[:-2], rows, columns))
+
+
+@dataclass(frozen=True, repr=False)
+class And(Mask):
+    """Visible where both masks say so; written `one & other`."""
+
+    one: Mask
+    other: Mask
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        return self.one.runs(rows, columns, device) & self.other.runs(rows, columns, device)
+
+    def __repr__(self) -> str:
+        return f"{_bracketed(self.one, Or)} & {_bracketed(self.other, Or)}"
+
+
+@dataclass(frozen=True, repr=False)
+class Or(Mask):
+    """Visible where either mask says so; written `one | other`."""
+
+    one: Mask
+    other: Mask
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        return self.one.runs(rows, columns, device) | self.other.runs(rows, columns, device)
+
+    def __repr__(self) -> str:
+        return f"{self.one!r} | {self.other!r}"
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Mask):
+    """Visible where the mask says not; written `~mask`."""
+
+    mask: Mask
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        return ~self.mask.runs(rows, columns, device)
+
+    def __repr__(self) -> str:
+        return f"~{_bracketed(self.mask, (And, Or))}"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Compiled(Mask):
+    """A mask that already is runs: what is left of a mask after `A[batch, head]`."""
+
+    compiled: Runs
+    name: str
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+        return self.compiled
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _bracketed(mask: Mask, kinds: type[Mask] | tuple[type[Mask], ...]) -> str:
+    return f"({mask!r})" if isinstance(mask, kinds) else repr(mask)
+
+
+def _add_heads(tensor: Tensor, trailing: int = 0) -> Tensor:
+    """[*batch, *trailing] -> [*batch, 1, *trailing]; without batch axes there is nothing to add."""
+    return tensor.unsqueeze(-1 - trailing) if tensor.dim() > trailing else tensor
+
+
+def _in_lanes(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Document numbers as [lanes, length] each, that differ between batch entries as well."""
+    both = torch.cat([rows, keys], -1).reshape(-1, rows.shape[-1] + keys.shape[-1])
+    if both.numel():
+        both = both.unique(return_inverse=True)[1]
+        both = both + torch.arange(len(both), device=both.device)[:, None] * (both.max() + 1)
+    of_row, of_key = both.split([rows.shape[-1], keys.shape[-1]], -1)
+    return of_row, of_key
+
+
+def _check_bool(what: str, keep: object) -> None:
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        given = f"dtype {keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise errors.DtypeError(
+            f"{what} takes a bool tensor, True = may attend, not {given}; a 0/1 mask converts with "
+            ".bool(), and a float mask that is added to the scores is position=Bias(tensor)."
+        )
+
+
+def _check_integers(what: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
+        given = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise errors.DtypeError(f"{what} takes a tensor of integers, not {given}; use .long().")
+
+
+def _check_length(what: str, tensor: Tensor, length: int, of: str) -> None:
+    if tensor.shape[-1:] != (length,):
+        raise errors.ShapeError(
+            f"{what} has shape {errors.show(tensor.shape)}, but the matrix has {length} {of}; its "
+            f"last axis must be {length}."
+        )

@@ -1,0 +1,384 @@
+"""The attention matrix as a value: a lazy linear operator that costs O(n d) until it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from regard import errors
+from regard.dropout import Dropout
+from regard.mask import Compiled, Dense, Mask, compile_mask
+from regard.normalizer import Normalizer, Softmax
+from regard.part import Index
+from regard.position import Position
+from regard.rule import Rule
+from regard.runs import Runs
+from regard.score import Custom, Dot, PairFunction, Score
+
+if TYPE_CHECKING:
+    from regard.explain import Explanation
+    from regard.form.looks import TopK
+
+T = TypeVar("T")
+
+DENSE_LIMIT = 2**26
+"""Numbers that may be stored without being told to: 256 MiB in float32."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    *,
+    score: Score | PairFunction = Dot(),
+    position: Position | None = None,
+    mask: Mask | Tensor | None = None,
+    normalizer: Normalizer = Softmax(),
+    dropout: Dropout | None = None,
+) -> Attention:
+    """Make the attention matrix of queries and keys; nothing is computed yet.
+
+    weight_ij = normalizer over j of (score(query_i, key_j) + bias_ij where mask_ij, else -inf)
+
+    query: [*batch, heads, n, d], or [n, d] for a single head without axes before it
+    key: [*batch, key heads, m, d]; fewer key heads than heads are shared by groups of heads
+    score: a part of `regard.score`, or your function(query, key, i, j) of a tile
+    position: a part of `regard.position`; explicit biases are `Bias(tensor)`; parts add up
+    mask: a part of `regard.mask`, or a bool tensor [*batch, heads, n, m]; True = may attend
+    normalizer: a part of `regard.normalizer`
+    dropout: `Dropout(probability)` on the weights
+    Raises ShapeError, DtypeError or DeviceError where these do not fit together.
+
+    >>> query, key, value = torch.randn(3, 2, 8, 5, 16).unbind(0)
+    >>> A = attention(query, key)
+    >>> A
+    Attention(2, 8, 5, 5): Dot(), Softmax(); float32, lazy
+    >>> (A @ value).shape, A[0, 3, 4].shape
+    (torch.Size([2, 8, 5, 16]), torch.Size([5]))
+    """
+    errors.check_tensor("query", query)
+    errors.check_tensor("key", key)
+    errors.check_pair("key", key, "query", query)
+    batch = errors.broadcast_batch(query, key)
+    if not isinstance(score, Score):
+        score = Custom(_check_part("score", score, Callable)).probe(query, key)  # type: ignore[arg-type]
+    score.check(query, key)
+    if position is not None:
+        _check_part("position", position, Position)
+        position.check(batch, query.shape[-2], key.shape[-2])
+    rule = Rule(score, position, _check_part("normalizer", normalizer, Normalizer))
+    mask = Dense(mask) if isinstance(mask, Tensor) else mask
+    if mask is not None:
+        _check_part("mask", mask, Mask)
+        errors.check_device(repr(mask), mask.tensors(), query.device)
+    if dropout is not None:
+        _check_part("dropout", dropout, Dropout)
+    errors.check_device(repr(rule), rule.tensors(), query.device)
+    matrix = Attention(query, key, rule, mask, dropout)
+    if matrix.runs is not None:
+        errors.check_fits(repr(mask), matrix.runs.batch, batch)
+    if isinstance(normalizer, Softmax) and isinstance(normalizer.sink, Tensor):
+        errors.check_fits(f"{normalizer}", normalizer.sink.shape, batch)
+    return matrix
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention:
+    """A lazy attention matrix, made by `regard.attention`; rows are queries, columns are keys.
+
+    Operations cost O(n d) memory unless they return more. Products, rows, columns, blocks,
+    `logsumexp` and `received` have gradients; `topk`, `entropy`, `distance` and `pool` are for
+    looking and have none. Weights are what multiplies the value: with dropout, if there is any.
+    """
+
+    query: Tensor
+    key: Tensor
+    rule: Rule
+    mask: Mask | None = None
+    dropout: Dropout | None = None
+    given_lanes: Tensor | None = None
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """(*batch, heads, n, m)."""
+        batch = errors.broadcast_batch(self.query, self.key)
+        return torch.Size((*batch, self.query.shape[-2], self.key.shape[-2]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of query and key, and of products."""
+        return self.query.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of query and key."""
+        return self.query.device
+
+    @property
+    def score(self) -> Score:
+        """The score."""
+        return self.rule.score
+
+    @property
+    def position(self) -> Position | None:
+        """The position part, or None."""
+        return self.rule.position
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The normalizer."""
+        return self.rule.normalizer
+
+    @cached_property
+    def runs(self) -> Runs | None:
+        """The mask as each row's visible keys, or None if every row sees every key."""
+        if self.mask is None:
+            return None
+        return compile_mask(self.mask, self.shape[-2], self.shape[-1], self.device)
+
+    @cached_property
+    def lanes(self) -> Tensor:
+        """A number for each batch entry and head, [*batch, heads], which dropout depends on."""
+        if self.given_lanes is not None:
+            return self.given_lanes
+        batch = self.shape[:-2]
+        return torch.arange(batch.numel(), device=self.device).reshape(batch)
+
+    @property
+    def mT(self) -> Transposed:  # noqa: N802 (torch's own name for it)
+        """The transpose, as lazy as the matrix: `A.mT @ x` sums over queries."""
+        return Transposed(self)
+
+    def __matmul__(self, value: Tensor) -> Tensor:
+        """output_i = sum_j weight_ij value_j, in the cheapest exact form."""
+        return self.matmul(value)
+
+    def matmul(self, value: Tensor, *, form: str | None = None) -> Tensor:
+        """output_i = sum_j weight_ij value_j: [*batch, key heads, m, e] -> [*batch, heads, n, e].
+
+        form: "tiled" or "dense"; default the cheapest that applies (see `explain`)
+        Raises FormError for a form that does not apply, ShapeError for a value that does not fit.
+
+        >>> query = key = torch.zeros(4, 2)
+        >>> attention(query, key).matmul(torch.eye(4), form="dense")[0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+        """
+        from regard import form as forms
+
+        errors.check_tensor("value", value)
+        errors.check_pair("value", value, "query", self.query)
+        errors.check_value(self.shape, self.key, value)
+        return forms.product(self, value, form)
+
+    def __getitem__(self, index: Any) -> Tensor | Attention:
+        """Rows, columns and blocks as tensors; whole batch entries and heads stay lazy.
+
+        Indices are those of a tensor of the same shape, without None: `A[..., 17, :]` is what
+        position 17 attends to, `A[..., :, 3]` who attends to key 3, `A[0, 5]` one head, lazily.
+        A row or a block costs the logits of its whole rows, a column one pass over the tiles.
+
+        >>> A = attention(torch.randn(8, 5, 2), torch.randn(8, 6, 2))
+        >>> A[3], A[..., 1, :].shape, A[:, :2, 4].shape
+        (Attention(5, 6): Dot(), Softmax(); float32, lazy, torch.Size([8, 6]), torch.Size([8, 2]))
+        """
+        from regard import indexing
+
+        return indexing.take(self, index)
+
+    def dense(self, *, limit: int = DENSE_LIMIT) -> Tensor:
+        """All weights, [*batch, heads, n, m], by the textbook formulas.
+
+        Raises ShapeError above `limit` numbers; give a larger limit to insist.
+        """
+        from regard.form import dense
+
+        numbers = self.shape.numel()
+        if numbers > limit:
+            gib = numbers * self.query.element_size() / 2**30
+            raise errors.ShapeError(
+                f"dense() would store {numbers:,} weights ({gib:.1f} GiB), more than "
+                f"limit={limit:,}. Most questions need less: A[..., i, :] is one row, A.topk(8) the "
+                "largest weights, A.pool(256) the whole map in cells, A @ value the output. To "
+                f"store them all the same: dense(limit={numbers})."
+            )
+        return dense.weights(self)
+
+    def logits(self, rows: Index | int = slice(None), columns: Index | int = slice(None)) -> Tensor:
+        """Scores plus biases of a block, before the normalizer; -inf where the mask forbids.
+
+        rows, columns: slices, tensors of positions, or single positions (which keep their axis)
+
+        >>> attention(torch.ones(3, 4), torch.ones(3, 4)).logits(rows=slice(0, 1))
+        tensor([[2., 2., 2.]])
+        """
+        from regard import indexing
+        from regard.form import dense
+
+        rows, columns = (
+            indexing.as_index(pick, length, name, self.device)
+            for pick, length, name in zip(
+                (rows, columns), self.shape[-2:], ("row", "column"), strict=True
+            )
+        )
+        return dense.logits(self, rows, columns, float("-inf"))
+
+    def logsumexp(self) -> Tensor:
+        """log sum_j exp(logit_ij), [*batch, heads, n]; -inf for a row without visible keys.
+
+        With a sink, its logit is one of the terms, so that exp(logits - logsumexp) are the weights.
+        Of other normalizers' logits it is the same formula, though it plays no part in them.
+        """
+        from regard.form import tiled
+
+        return tiled.logsumexp(self)
+
+    @torch.no_grad()
+    def topk(self, k: int) -> TopK:
+        """The k largest weights of each row, descending, and their keys: (values, indices).
+
+        [*batch, heads, n, k] each; where a row sees fewer keys, index -1 and weight 0.
+
+        >>> attention(torch.zeros(2, 1), torch.zeros(2, 1)).topk(3).values
+        tensor([[0.5000, 0.5000, 0.0000],
+                [0.5000, 0.5000, 0.0000]])
+        """
+        from regard.form import looks
+
+        return looks.topk(self, k)
+
+    @torch.no_grad()
+    def entropy(self) -> Tensor:
+        """Entropy of each row in nats, [*batch, heads, n]; exp(entropy) is an effective number of keys.
+
+        Of p_ij = |weight_ij| / sum_j |weight_ij|, which is the weight itself under softmax; 0 for a
+        row without weight.
+        """
+        from regard.form import looks
+
+        return looks.entropy(self)
+
+    @torch.no_grad()
+    def distance(self, *, offset: int = 0) -> Tensor:
+        """Mean distance |i + offset - j| that each row looks, [*batch, heads, n], p as in `entropy`.
+
+        d'Ascoli et al. 2021 (ConViT), arXiv:2103.10697, eq. 8, is its mean over rows.
+        """
+        from regard.form import looks
+
+        return looks.distance(self, offset)
+
+    def received(self) -> Tensor:
+        """Sum of the weights that each key receives from all rows, [*batch, heads, m]."""
+        ones = self.query.new_ones(self.shape[-2], 1)
+        return (self.mT @ ones)[..., 0]
+
+    @torch.no_grad()
+    def pool(self, size: int, reduce: str = "mean") -> Tensor:
+        """The whole map in cells of size x size pairs: [*batch, heads, ceil(n/size), ceil(m/size)].
+
+        reduce: "mean" shows where mass goes, "max" shows needles
+        Pairs that are not visible count as weight 0.
+        """
+        from regard.form import looks
+
+        return looks.pool(self, size, reduce)
+
+    def explain(self, value: Tensor | None = None) -> Explanation:
+        """Say which form runs and why, its work, its bytes and its memory; nothing is computed.
+
+        value: what would be multiplied; default as wide as key
+        """
+        from regard import explain
+
+        return explain.explain(self, value)
+
+    def with_normalizer(self, normalizer: Normalizer) -> Attention:
+        """The same logits under another normalizer."""
+        return replace(self, rule=replace(self.rule, normalizer=normalizer))
+
+    def narrow(self, index: tuple[Any, ...]) -> Attention:
+        """The lazy matrix of some batch entries and heads; one index for each such axis."""
+        from regard import indexing
+
+        batch = tuple(self.shape[:-2])
+        runs = None if self.runs is None else self.runs.narrow(batch, index)
+        return Attention(
+            indexing.operand(self.query, batch, index),
+            indexing.operand(self.key, batch, index),
+            self.rule.narrow(batch, index),
+            None if runs is None else Compiled(runs, repr(self.mask)),
+            self.dropout,
+            self.lanes[index],
+        )
+
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.shape))
+        parts = [self.score, self.position, self.mask, self.normalizer, self.dropout]
+        formula = ", ".join(repr(part) for part in parts if part is not None)
+        return f"Attention({shape}): {formula}; {str(self.dtype).removeprefix('torch.')}, lazy"
+
+    def _repr_html_(self) -> str:
+        from regard import picture
+
+        return picture.html(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transposed:
+    """The transpose of an attention matrix: rows are keys, columns are queries."""
+
+    matrix: Attention
+
+    @property
+    def shape(self) -> torch.Size:
+        """(*batch, heads, m, n)."""
+        *batch, n, m = self.matrix.shape
+        return torch.Size((*batch, m, n))
+
+    @property
+    def mT(self) -> Attention:  # noqa: N802 (torch's own name for it)
+        """The matrix itself."""
+        return self.matrix
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """y_j = sum_i weight_ij x_i, differentiable."""
+        return self.matmul(x)
+
+    def matmul(self, x: Tensor, *, form: str | None = None) -> Tensor:
+        """y_j = sum_i weight_ij x_i: [*batch, heads, n, e] -> [*batch, heads, m, e].
+
+        Raises as `Attention.matmul` does.
+
+        >>> attention(torch.zeros(3, 1), torch.zeros(2, 1)).mT.matmul(torch.ones(3, 1))
+        tensor([[1.5000],
+                [1.5000]])
+        """
+        from regard import form as forms
+
+        errors.check_tensor("x", x)
+        errors.check_pair("x", x, "query", self.matrix.query)
+        errors.check_value(self.shape, self.matrix.query, x)
+        return forms.product_transposed(self.matrix, x, form)
+
+    def dense(self, *, limit: int = DENSE_LIMIT) -> Tensor:
+        """All weights, transposed; see `Attention.dense`."""
+        return self.matrix.dense(limit=limit).mT
+
+    def __repr__(self) -> str:
+        return f"{self.matrix!r}, transposed"
+
+
+def _check_part(name: str, given: Any, kind: type[T]) -> T:
+    if isinstance(given, kind):
+        return given
+    hint = "; an added float tensor is position=Bias(tensor)" if isinstance(given, Tensor) else ""
+    if isinstance(given, type):
+        hint = f"; did you mean {given.__name__}(...), an instance"
+    kinds = {Callable: "a Score, or a function of (query, key, i, j)"}
+    raise errors.DtypeError(
+        f"{name} must be {kinds.get(kind, f'a regard {kind.__name__}')}, not {given!r}{hint}."
+    )

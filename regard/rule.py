@@ -1,0 +1,41 @@
+"""The formula of one matrix: score, position and normalizer, as one part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.normalizer import Normalizer
+from regard.part import Part
+from regard.position import Position
+from regard.score import Score
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rule(Part):
+    """logit_ij = score(query_i, key_j) + bias_ij, and how a row of logits becomes weights."""
+
+    score: Score
+    position: Position | None
+    normalizer: Normalizer
+
+    def operands(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything that is done once per token; `logits` compares the results."""
+        if self.position is not None:
+            device = query.device
+            query = self.position.on_query(query, torch.arange(query.shape[-2], device=device))
+            key = self.position.on_key(key, torch.arange(key.shape[-2], device=device))
+        return self.score.prepare(query, key)
+
+    def logits(
+        self, query: Tensor, key: Tensor, i: Tensor, j: Tensor, keep: Tensor | None, hidden: float
+    ) -> Tensor:
+        """Logits of a tile of operands, [*, r, c]; forbidden pairs get the value `hidden`."""
+        logits = self.score.pair(query, key, i, j)
+        if self.position is not None:
+            bias = self.position.on_score(query, key, i, j)
+            if bias is not None:
+                logits = logits + bias.to(logits.dtype)
+        return logits if keep is None else torch.where(keep, logits, hidden)
