@@ -41,7 +41,7 @@ class Dropout(Part):
             raise ValueError(f"a seed is an integer in [0, 2**63), not {self.seed}.")
 
     def factors(self, lanes: Tensor, i: Tensor, j: Tensor, dtype: torch.dtype) -> Tensor:
-        """0 or 1 / (1 - probability) for each pair: lanes [*batch], i [r], j [c] -> [*batch, r, c]."""
+        """0 or 1 / (1 - probability) per pair: lanes [*batch], i [r], j [c] -> [*batch, r, c]."""
         rows = _mix(_mix(lanes + self.seed)[..., None] + i)[..., None]
         # 24 random bits: as fine as a float32 fraction, and the same on every device.
         bits = _mix(rows + j) & 0xFFFFFF

@@ -181,7 +181,7 @@ def check_fits(what: str, given: Sequence[int], batch: Sequence[int]) -> None:
 
 def groups(heads: int, key_heads: int) -> bool:
     """Whether `heads` query heads can share `key_heads` key heads in equal groups."""
-    return key_heads > 0 and heads % key_heads == 0 or heads == key_heads
+    return heads == key_heads or (key_heads > 0 and heads % key_heads == 0)
 
 
 def _heads(tensor: Tensor) -> int:

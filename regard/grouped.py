@@ -21,7 +21,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if size == 1:
         return left @ right
     product = _fold(left, size) @ right  # [*batch, G, H/G r, c]
-    return product.unflatten(-2, (size, left.shape[-2])).flatten(-4, -3)
+    unfolded: Tensor = product.unflatten(-2, (size, left.shape[-2])).flatten(-4, -3)
+    return unfolded
 
 
 def matmul_transposed(weights: Tensor, left: Tensor, like: Tensor) -> Tensor:
@@ -54,4 +55,5 @@ def _group(left: Tensor, right: Tensor) -> int:
 
 
 def _fold(tensor: Tensor, size: int) -> Tensor:
-    return tensor.unflatten(-3, (tensor.shape[-3] // size, size)).flatten(-3, -2)
+    folded: Tensor = tensor.unflatten(-3, (tensor.shape[-3] // size, size)).flatten(-3, -2)
+    return folded

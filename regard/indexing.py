@@ -1,4 +1,4 @@
-"""`A[...]`: from an index, as of a tensor of the same shape, to weights or to a smaller lazy matrix."""
+"""`A[...]`: from an index, as of a tensor of that shape, to weights or to a smaller lazy matrix."""
 
 from __future__ import annotations
 
@@ -34,17 +34,11 @@ def take(matrix: Attention, index: Any) -> Tensor | Attention:
     columns = as_index(column_pick, m, "column", matrix.device)
     if _is_every(rows, n) and _is_every(columns, m):
         return matrix
-    if _is_every(rows, n) and not _is_every(columns, m):
-        weights = _columns(matrix, columns)
-    else:
-        weights = _rows(matrix, rows, columns)
-    if isinstance(column_pick, int):
-        weights = weights.squeeze(-1)
-    return (
-        weights.squeeze(-1 if isinstance(column_pick, int) else -2)
-        if isinstance(row_pick, int)
-        else weights
-    )
+    every_row = _is_every(rows, n)
+    weights = _columns(matrix, columns) if every_row else _rows(matrix, rows, columns)
+    if isinstance(row_pick, int):
+        weights = weights.squeeze(-2)
+    return weights.squeeze(-1) if isinstance(column_pick, int) else weights
 
 
 def as_index(pick: Any, length: int, name: str, device: torch.device) -> Index:

@@ -61,7 +61,7 @@ class Causal(Mask):
 
     offset: int = 0
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         stop = torch.arange(rows, device=device) + (self.offset + 1)
         return Runs.intervals(torch.zeros_like(stop), stop, columns)
 
@@ -92,7 +92,7 @@ class Window(Mask):
                     f"Window({self.left}, {self.right}); move it with offset."
                 )
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         at = torch.arange(rows, device=device) + self.offset
         start = torch.zeros_like(at) if self.left is None else at - self.left
         stop = torch.full_like(at, columns) if self.right is None else at + self.right + 1
@@ -115,7 +115,7 @@ class Prefix(Mask):
 
     length: int | Tensor
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         length = torch.as_tensor(self.length, device=device)
         _check_integers("Prefix's length", length)
         stop = _add_heads(length)[..., None].expand(*_add_heads(length).shape, rows)
@@ -149,7 +149,7 @@ class Padding(Mask):
         _check_integers("lengths", lengths)
         return Padding(torch.arange(columns, device=lengths.device) < lengths[..., None])
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         _check_length("Padding", self.keep, columns, "keys")
         line = Runs.dense(_add_heads(self.keep, 1)[..., None, :])
         # Every row of a sequence has the runs of its one line of keys.
@@ -177,7 +177,7 @@ class Documents(Mask):
         if self.key_ids is not None:
             _check_integers("Documents' key_ids", self.key_ids)
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         keys = self.ids if self.key_ids is None else self.key_ids
         _check_length("Documents", self.ids, rows, "rows")
         _check_length("Documents", keys, columns, "keys")
@@ -221,7 +221,7 @@ class Dense(Mask):
                 " A mask of keys alone is Padding(keep)."
             )
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         given = self.keep.shape[-2:]
         if any(g not in (1, w) for g, w in zip(given, (rows, columns), strict=True)):
             raise errors.ShapeError(
@@ -238,7 +238,7 @@ class And(Mask):
     one: Mask
     other: Mask
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return self.one.runs(rows, columns, device) & self.other.runs(rows, columns, device)
 
     def __repr__(self) -> str:
@@ -252,7 +252,7 @@ class Or(Mask):
     one: Mask
     other: Mask
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return self.one.runs(rows, columns, device) | self.other.runs(rows, columns, device)
 
     def __repr__(self) -> str:
@@ -265,7 +265,7 @@ class Not(Mask):
 
     mask: Mask
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return ~self.mask.runs(rows, columns, device)
 
     def __repr__(self) -> str:
@@ -279,7 +279,7 @@ class Compiled(Mask):
     compiled: Runs
     name: str
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:  # noqa: D102
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return self.compiled
 
     def __repr__(self) -> str:

@@ -65,7 +65,8 @@ def attention(
     errors.check_pair("key", key, "query", query)
     batch = errors.broadcast_batch(query, key)
     if not isinstance(score, Score):
-        score = Custom(_check_part("score", score, Callable)).probe(query, key)  # type: ignore[arg-type]
+        function: Any = _check_part("score", score, Callable)  # type: ignore[arg-type]
+        score = Custom(function).probe(query, key)
     score.check(query, key)
     if position is not None:
         _check_part("position", position, Position)
@@ -149,7 +150,7 @@ class Attention:
         return torch.arange(batch.numel(), device=self.device).reshape(batch)
 
     @property
-    def mT(self) -> Transposed:  # noqa: N802 (torch's own name for it)
+    def mT(self) -> Transposed:
         """The transpose, as lazy as the matrix: `A.mT @ x` sums over queries."""
         return Transposed(self)
 
@@ -201,8 +202,8 @@ class Attention:
             gib = numbers * self.query.element_size() / 2**30
             raise errors.ShapeError(
                 f"dense() would store {numbers:,} weights ({gib:.1f} GiB), more than "
-                f"limit={limit:,}. Most questions need less: A[..., i, :] is one row, A.topk(8) the "
-                "largest weights, A.pool(256) the whole map in cells, A @ value the output. To "
+                f"limit={limit:,}. Most questions need less: A[..., i, :] is one row, A.topk(8) "
+                "the largest weights, A.pool(256) the whole map in cells, A @ value the output. To "
                 f"store them all the same: dense(limit={numbers})."
             )
         return dense.weights(self)
@@ -252,7 +253,7 @@ class Attention:
 
     @torch.no_grad()
     def entropy(self) -> Tensor:
-        """Entropy of each row in nats, [*batch, heads, n]; exp(entropy) is an effective number of keys.
+        """Entropy of each row in nats, [*batch, heads, n]; its exp is an effective number of keys.
 
         Of p_ij = |weight_ij| / sum_j |weight_ij|, which is the weight itself under softmax; 0 for a
         row without weight.
@@ -263,9 +264,9 @@ class Attention:
 
     @torch.no_grad()
     def distance(self, *, offset: int = 0) -> Tensor:
-        """Mean distance |i + offset - j| that each row looks, [*batch, heads, n], p as in `entropy`.
+        """Mean distance |i + offset - j| that each row looks, [*batch, heads, n].
 
-        d'Ascoli et al. 2021 (ConViT), arXiv:2103.10697, eq. 8, is its mean over rows.
+        Under p as in `entropy`. d'Ascoli et al. 2021 (ConViT), arXiv:2103.10697, eq. 8, is its mean over rows.
         """
         from regard.form import looks
 
@@ -295,6 +296,12 @@ class Attention:
         from regard import explain
 
         return explain.explain(self, value)
+
+    def detach(self) -> Attention:
+        """The same matrix without gradients: what to keep for looking at it later."""
+        tensors = [tensor.detach() for tensor in self.rule.tensors()]
+        query, key = self.query.detach(), self.key.detach()
+        return replace(self, query=query, key=key, rule=self.rule.with_tensors(tensors))
 
     def with_normalizer(self, normalizer: Normalizer) -> Attention:
         """The same logits under another normalizer."""
@@ -340,7 +347,7 @@ class Transposed:
         return torch.Size((*batch, m, n))
 
     @property
-    def mT(self) -> Attention:  # noqa: N802 (torch's own name for it)
+    def mT(self) -> Attention:
         """The matrix itself."""
         return self.matrix
 
@@ -378,7 +385,7 @@ def _check_part(name: str, given: Any, kind: type[T]) -> T:
     hint = "; an added float tensor is position=Bias(tensor)" if isinstance(given, Tensor) else ""
     if isinstance(given, type):
         hint = f"; did you mean {given.__name__}(...), an instance"
-    kinds = {Callable: "a Score, or a function of (query, key, i, j)"}
-    raise errors.DtypeError(
-        f"{name} must be {kinds.get(kind, f'a regard {kind.__name__}')}, not {given!r}{hint}."
-    )
+    wanted = f"a regard {kind.__name__}"
+    if name == "score":
+        wanted = "a regard Score, or a function of (query, key, i, j)"
+    raise errors.DtypeError(f"{name} must be {wanted}, not {given!r}{hint}.")

@@ -72,7 +72,7 @@ class Normalizer(Part):
         return self._unnormalised(logits)
 
     def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:
-        """Gradient of `row`, given delta_i = sum_j weight_ij dweight_ij and what came from above."""
+        """Gradient of `row`: delta_i is sum_j weight_ij dweight_ij, row_grad came from above."""
         return torch.zeros_like(delta)
 
     def pullback(
@@ -116,7 +116,7 @@ class Softmax(Normalizer):
         """True without a sink."""
         return self.sink is None
 
-    def whole(self, logits: Tensor) -> Tensor:  # noqa: D102
+    def whole(self, logits: Tensor) -> Tensor:
         if logits.shape[-1] == 0:
             return logits
         peak = logits.detach().amax(-1, keepdim=True)
@@ -130,7 +130,7 @@ class Softmax(Normalizer):
             total = total + (sink - peak).exp()
         return exponentials / torch.where(total == 0, 1, total)
 
-    def absorb(self, state: State, logits: Tensor, value: Tensor, drop: Tensor | None) -> State:  # noqa: D102
+    def absorb(self, state: State, logits: Tensor, value: Tensor, drop: Tensor | None) -> State:
         peak = torch.maximum(state.peak, logits.amax(-1)) if logits.shape[-1] else state.peak
         base = _finite(peak)
         weights = (logits - base[..., None]).exp_()
@@ -141,32 +141,32 @@ class Softmax(Normalizer):
         output = state.output * decay[..., None] + grouped.matmul(weights, value)
         return State(peak, total, output)
 
-    def merge(self, one: State, other: State) -> State:  # noqa: D102
+    def merge(self, one: State, other: State) -> State:
         peak = torch.maximum(one.peak, other.peak)
         base = _finite(peak)
         a, b = (one.peak - base).exp(), (other.peak - base).exp()
         output = one.output * a[..., None] + other.output * b[..., None]
         return State(peak, one.total * a + other.total * b, output)
 
-    def finish(self, state: State) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def finish(self, state: State) -> tuple[Tensor, Tensor]:
         if self.sink is not None:
             sink = self._sink(state.peak).expand_as(state.peak)
             weightless = State(sink, torch.ones_like(sink), torch.zeros_like(state.output))
             state = self.merge(state, weightless)
         return state.output * _inverse(state.total)[..., None], state.total.log() + state.peak
 
-    def weights(self, logits: Tensor, row: Tensor) -> Tensor:  # noqa: D102
+    def weights(self, logits: Tensor, row: Tensor) -> Tensor:
         return (logits - _finite(row)[..., None]).exp()
 
-    def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:  # noqa: D102
+    def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:
         return -delta if row_grad is None else row_grad - delta
 
-    def pullback(  # noqa: D102
+    def pullback(
         self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
     ) -> Tensor:
         return weights * (dweights + drow[..., None])
 
-    def own_gradients(self, row: Tensor, drow: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def own_gradients(self, row: Tensor, drow: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(self.sink, Tensor):
             return ()
         return ((self._sink(row) - _finite(row)).exp() * drow,)
@@ -175,7 +175,7 @@ class Softmax(Normalizer):
         """Return the sink as [*batch, heads, 1] next to rows [*batch, heads, r]."""
         if isinstance(self.sink, Tensor):
             return self.sink.to(like.dtype)[..., None]
-        return like.new_full((), self.sink)
+        return like.new_full((), float("-inf") if self.sink is None else self.sink)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -193,10 +193,10 @@ class Sigmoid(Normalizer):
 
     by_pair: ClassVar[bool] = True
 
-    def whole(self, logits: Tensor) -> Tensor:  # noqa: D102
+    def whole(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits + self.bias)
 
-    def pullback(  # noqa: D102
+    def pullback(
         self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
     ) -> Tensor:
         return dweights * weights * (1 - weights)
@@ -222,20 +222,20 @@ class Relu(Normalizer):
         """True without the mean."""
         return not self.mean
 
-    def whole(self, logits: Tensor) -> Tensor:  # noqa: D102
+    def whole(self, logits: Tensor) -> Tensor:
         count = (logits > -torch.inf).sum(-1, keepdim=True).clamp(min=1) if self.mean else 1
         return torch.relu(logits) / count
 
-    def finish(self, state: State) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def finish(self, state: State) -> tuple[Tensor, Tensor]:
         if not self.mean:
             return super().finish(state)
         return state.output * _inverse(state.total)[..., None], state.total
 
-    def weights(self, logits: Tensor, row: Tensor) -> Tensor:  # noqa: D102
+    def weights(self, logits: Tensor, row: Tensor) -> Tensor:
         weights = torch.relu(logits)
         return weights * _inverse(row)[..., None] if self.mean else weights
 
-    def pullback(  # noqa: D102
+    def pullback(
         self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
     ) -> Tensor:
         if self.mean:
@@ -269,22 +269,22 @@ class RowSum(Normalizer):
         """True without eps."""
         return self.eps == 0
 
-    def whole(self, logits: Tensor) -> Tensor:  # noqa: D102
+    def whole(self, logits: Tensor) -> Tensor:
         total = logits.sum(-1, keepdim=True) + self.eps
         return torch.where(total == 0, 0, logits / torch.where(total == 0, 1, total))
 
-    def finish(self, state: State) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def finish(self, state: State) -> tuple[Tensor, Tensor]:
         total = state.total + self.eps
         return state.output * _inverse(total)[..., None], total
 
-    def weights(self, logits: Tensor, row: Tensor) -> Tensor:  # noqa: D102
+    def weights(self, logits: Tensor, row: Tensor) -> Tensor:
         return logits * _inverse(row)[..., None]
 
-    def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:  # noqa: D102
+    def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:
         own = -delta * _inverse(row)
         return own if row_grad is None else own + row_grad
 
-    def pullback(  # noqa: D102
+    def pullback(
         self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
     ) -> Tensor:
         return dweights * _inverse(row)[..., None] + drow[..., None]
@@ -307,10 +307,10 @@ class Identity(Normalizer):
     hidden: ClassVar[float] = 0.0
     by_pair: ClassVar[bool] = True
 
-    def whole(self, logits: Tensor) -> Tensor:  # noqa: D102
+    def whole(self, logits: Tensor) -> Tensor:
         return logits
 
-    def pullback(  # noqa: D102
+    def pullback(
         self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
     ) -> Tensor:
         return dweights

@@ -45,7 +45,7 @@ class Part:
         """The part as it applies to the batch entries and heads that `index` picks."""
 
         def pick(owner: Part, name: str, tensor: Tensor) -> Tensor:
-            return narrow(tensor, owner.trailing.get(name.split(".")[0], 0), batch, index)
+            return narrow(tensor, owner.trailing.get(name.partition(".")[0], 0), batch, index)
 
         return self._map(pick)
 

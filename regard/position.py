@@ -65,22 +65,22 @@ class Positions(Position):
         """True if every part is."""
         return all(part.toeplitz for part in self.parts)
 
-    def on_query(self, query: Tensor, i: Tensor) -> Tensor:  # noqa: D102
+    def on_query(self, query: Tensor, i: Tensor) -> Tensor:
         for part in self.parts:
             query = part.on_query(query, i)
         return query
 
-    def on_key(self, key: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def on_key(self, key: Tensor, j: Tensor) -> Tensor:
         for part in self.parts:
             key = part.on_key(key, j)
         return key
 
-    def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor | None:  # noqa: D102
+    def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor | None:
         biases = [part.on_score(query, key, i, j) for part in self.parts]
         present = [bias.to(query.dtype) for bias in biases if bias is not None]
         return sum(present[1:], present[0]) if present else None
 
-    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:  # noqa: D102
+    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:
         for part in self.parts:
             part.check(batch, rows, columns)
 
@@ -120,7 +120,7 @@ class Bias(Position):
         """Return the bias itself, which `cut` has made as large as the tile."""
         return self.bias
 
-    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:  # noqa: D102
+    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:
         given, wanted = self.bias.shape[-2:], (rows, columns)
         if any(g not in (1, w) for g, w in zip(given, wanted, strict=True)):
             raise errors.ShapeError(
@@ -142,7 +142,8 @@ class Alibi(Position):
     >>> alibi = Alibi.of(2)
     >>> alibi.slopes
     tensor([0.0625, 0.0039])
-    >>> alibi.on_score(torch.zeros(2, 1, 4), torch.zeros(2, 3, 4), torch.tensor([2]), torch.arange(3))
+    >>> query, key = torch.zeros(2, 1, 4), torch.zeros(2, 3, 4)
+    >>> alibi.on_score(query, key, torch.tensor([2]), torch.arange(3))
     tensor([[[-0.1250, -0.0625, -0.0000]],
     <BLANKLINE>
             [[-0.0078, -0.0039, -0.0000]]])
@@ -174,11 +175,11 @@ class Alibi(Position):
         between = [2.0 ** (-4 * k / lower) for k in range(1, 2 * lower + 1, 2)]
         return Alibi(torch.tensor((slopes + between)[:num_heads]), offset)
 
-    def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = (i[:, None] + self.offset - j).abs().to(self.slopes.dtype)
         return -per_head(self.slopes, distance) * distance
 
-    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:  # noqa: D102
+    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:
         errors.check_fits(f"{self}", self.slopes.shape, batch)
 
 

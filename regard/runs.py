@@ -87,7 +87,7 @@ class Runs:
         return self._row_sums(self.stop.long() - self.start).reshape(*self.batch, self.rows)
 
     def meets(self, marked: Tensor) -> Tensor:
-        """Which rows see a marked key: marked [*batch', columns] bool -> [broadcast batch, rows]."""
+        """Which rows see a marked key: bool [*batch', columns] -> bool [*broadcast batch, rows]."""
         batch = torch.broadcast_shapes(self.batch, marked.shape[:-1])
         runs = self.expand(tuple(batch))
         sums = torch.zeros(*batch, self.columns + 1, dtype=torch.long, device=marked.device)
@@ -123,7 +123,7 @@ class Runs:
         return keep.reshape(*self.batch, at.shape[-1], j.numel())
 
     def _step(self, at: Tensor, j: Tensor) -> Tensor:
-        """Sum +1 at each start and -1 at each stop along a line, from the first column to the last."""
+        """Sum +1 at each start and -1 at each stop along a line, from first column to last."""
         if j.numel() == 0:
             return at.new_zeros(*at.shape, 0, dtype=torch.bool)
         low, width = int(j.min()), int(j.max()) + 1 - int(j.min())
@@ -234,7 +234,7 @@ class Runs:
         return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
 
     def _edges(self) -> tuple[Tensor, Tensor]:
-        """Starts and stops on one line where row r begins at r * (columns + 1): rows never touch."""
+        """Starts and stops on one line; row r begins at r * (columns + 1), so rows never touch."""
         base = self._owner() * (self.columns + 1)
         return base + self.start, base + self.stop
 

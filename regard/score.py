@@ -24,7 +24,7 @@ class Score(Part):
     """Base of all scores: s_ij = f(query_i, key_j)."""
 
     def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Do the work that belongs to single tokens: [*, h, n, d], [*, g, m, d] -> the same axes."""
+        """Do the work of single tokens: [*, h, n, d], [*, g, m, d] -> the same axes."""
         return query, key
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Dot(Score):
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be positive, not {self.softcap}; None leaves it out.")
 
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else self.scale
         if isinstance(scale, Tensor):
             scale = per_head(scale, query)
@@ -100,13 +100,13 @@ class Bilinear(Score):
     def __post_init__(self) -> None:
         errors.check_tensor("Bilinear's weight", self.weight)
 
-    def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return query @ self.weight.to(query.dtype), key
 
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return Dot(self.scale).pair(query, key, i, j)
 
-    def check(self, query: Tensor, key: Tensor) -> None:  # noqa: D102
+    def check(self, query: Tensor, key: Tensor) -> None:
         given, wanted = (query.shape[-1], key.shape[-1]), tuple(self.weight.shape[-2:])
         if given != wanted:
             raise errors.ShapeError(
@@ -131,10 +131,10 @@ class Cosine(Score):
 
     scale: float | Tensor = 1.0
 
-    def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return _unit(query), _unit(key)
 
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return Dot(self.scale).pair(query, key, i, j)
 
 
@@ -158,20 +158,21 @@ class Distance(Score):
     vectors changes no distance, and taking it out first keeps the rounding error small.
     Tsai et al. 2019, arXiv:1908.11775, section 3 (attention as kernel smoothing).
 
-    >>> Distance().pair(torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.arange(1), torch.arange(1))
+    >>> query, key = torch.tensor([[3.0]]), torch.tensor([[1.0]])
+    >>> Distance().pair(query, key, torch.arange(1), torch.arange(1))
     tensor([[-4.]])
     """
 
     scale: float | Tensor = 1.0
 
-    def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         if key.shape[-2] == 0:
             return query, key
         axes = (-3, -2) if key.dim() > 2 else (-2,)
         centre = key.detach().mean(axes, keepdim=True)
         return query - centre, key - centre
 
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         key_norm = grouped.match(key.square().sum(-1, keepdim=True), _heads(query)).mT  # [h, 1, c]
         cross = grouped.matmul(query, key.mT)
         squared = query.square().sum(-1, keepdim=True) - 2 * cross + key_norm
@@ -230,7 +231,7 @@ class Additive(Score):
         weight = torch.empty(num_heads, head_dim).uniform_(-bound, bound)
         return Additive(weight.requires_grad_(), activation)
 
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         key = grouped.match(key, _heads(query))
         total = query[..., :, None, :] + key[..., None, :, :]  # [*, h, r, c, d]
         if self.activation == "leaky_relu":
@@ -240,7 +241,7 @@ class Additive(Score):
         weight = self.weight.to(active.dtype)
         return (active @ weight[..., None, :, None]).squeeze(-1)
 
-    def check(self, query: Tensor, key: Tensor) -> None:  # noqa: D102
+    def check(self, query: Tensor, key: Tensor) -> None:
         super().check(query, key)
         if self.weight.shape[-1] != query.shape[-1]:
             raise errors.ShapeError(
@@ -248,10 +249,10 @@ class Additive(Score):
                 f"width {query.shape[-1]}; w needs one entry per channel."
             )
 
-    def numbers_per_pair(self, width: int) -> int:  # noqa: D102
+    def numbers_per_pair(self, width: int) -> int:
         return 2 * width
 
-    def flops_per_pair(self, width: int) -> int:  # noqa: D102
+    def flops_per_pair(self, width: int) -> int:
         return 4 * width
 
 
@@ -266,13 +267,13 @@ class PositionOnly(Score):
             [0., 0., 0.]])
     """
 
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return query.new_zeros(i.numel(), j.numel())
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Any widths fit: the vectors are not read."""
 
-    def flops_per_pair(self, width: int) -> int:  # noqa: D102
+    def flops_per_pair(self, width: int) -> int:
         return 0
 
 
@@ -281,7 +282,7 @@ PairFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Custom(Score):
-    """Your own score of a tile, in plain PyTorch: function(query, key, i, j) -> [*batch, heads, r, c].
+    """Your own score of a tile: function(query, key, i, j) -> [*batch, heads, r, c], in PyTorch.
 
     query [*batch, heads, r, d] and key [*batch, heads, c, d] are rows of the whole tensors, i [r]
     and j [c] their positions. The function must be pure: it is called for many tiles, and again
@@ -304,7 +305,7 @@ class Custom(Score):
     captured: tuple[Tensor, ...] = ()
     originals: tuple[int, ...] = ()
 
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: D102
+    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         key = grouped.match(key, _heads(query))
         if not self.captured:
             return self._checked(self.function(query, key, i, j), query, i, j)
@@ -320,7 +321,7 @@ class Custom(Score):
         return self._checked(scores, query, i, j)
 
     def probe(self, query: Tensor, key: Tensor) -> Custom:
-        """Call the function on one pair of zeros to find the outside tensors that need gradients."""
+        """Call the function on one pair of zeros to find what it reads that needs gradients."""
         shapes = [(*x.shape[:-2], 1, x.shape[-1]) for x in (query, key)]
         one = [query.new_zeros(shape) for shape in shapes]
         at = torch.zeros(1, dtype=torch.long, device=query.device)
@@ -335,7 +336,7 @@ class Custom(Score):
     def check(self, query: Tensor, key: Tensor) -> None:
         """Any widths fit, as far as `regard` can know."""
 
-    def narrow(self, batch: tuple[int, ...], index: tuple[object, ...]) -> Custom:  # noqa: D102
+    def narrow(self, batch: tuple[int, ...], index: tuple[object, ...]) -> Custom:
         raise errors.ShapeError(
             f"{self} may hold tensors for all batch entries and heads, so one head cannot be split "
             "off; index rows and columns of all of them first, such as A[..., rows, :][0, 3]."

@@ -1,7 +1,8 @@
 """Forms: ways to compute the same numbers.
 
-`dense` is the definition; every other form is a faster way to it. A form module has `needs(matrix)`,
-None or the sentence why it does not apply, and `product(matrix, value)`, `product_transposed`.
+`dense` is the definition; every other form is a faster way to it. A form module has
+`needs(matrix)`, None or the sentence why it does not apply, and `product(matrix, value)` and
+`product_transposed(matrix, x)`.
 Choice, `explain` and the error message all come from `needs`.
 """
 
@@ -30,7 +31,8 @@ def choose(matrix: Attention, name: str | None = None) -> str:
         return next(form for form, module in FORMS.items() if module.needs(matrix) is None)
     if name not in FORMS:
         raise errors.FormError(
-            f"there is no form {name!r}; forms that apply to {matrix}: {', '.join(applying(matrix))}."
+            f"there is no form {name!r}.\n  matrix: {matrix}\n"
+            f"  forms that apply: {', '.join(applying(matrix))}"
         )
     reason = FORMS[name].needs(matrix)
     if reason is not None:

@@ -28,7 +28,7 @@ class TopK(NamedTuple):
 
 
 def topk(matrix: Attention, k: int) -> TopK:
-    """The k largest weights of each row, [*batch, n, k]; index -1 and weight 0 where it sees fewer."""
+    """The k largest weights of each row, [*batch, n, k]; index -1, weight 0 where it sees fewer."""
     if k < 1:
         raise errors.ShapeError(f"topk needs k >= 1, not {k}.")
     tiles, each = _tiles(matrix)
@@ -79,7 +79,7 @@ def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
     if reduce not in ("mean", "max"):
         raise ValueError(f"pool reduces with 'mean' or 'max', not {reduce!r}.")
     *batch, n, m = matrix.shape
-    tiles, each = _tiles(matrix)
+    _, each = _tiles(matrix)
     cells = [-(-length // size) for length in (n, m)]
     # A pair that is not visible has weight 0, and so has a cell that no tile reaches.
     pooled = torch.zeros(*batch, *cells, dtype=compute_dtype(matrix.dtype), device=matrix.device)
@@ -107,7 +107,7 @@ def _shrink(part: Tensor, axis: int, start: int, size: int, reduce: str) -> Tens
     after = -(before + part.shape[axis]) % size
     empty = 0.0 if reduce == "mean" else -torch.inf
     sides = (before, after) if axis == -1 else (0, 0, before, after)
-    cells = F.pad(part, sides, value=empty).unflatten(axis, (-1, size))
+    cells: Tensor = F.pad(part, sides, value=empty).unflatten(axis, (-1, size))
     return cells.sum(axis) if reduce == "mean" else cells.amax(axis)
 
 

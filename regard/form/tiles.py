@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Numbers held by one tile over all batch entries and heads. Measured on 2 cores with 1 MiB of
 # second-level cache each, n = 8192, width 64, float32, forward and backward: see bench/RESULTS.md.
-TILE_NUMBERS = 2**19
+TILE_NUMBERS = 2**21
 LARGEST_SIDE = 1024
 SMALLEST_SIDE = 16
 
@@ -39,7 +39,7 @@ def side(lanes: int, numbers_per_pair: int) -> int:
     """The side of a square tile: a power of two, so that tiles of a mask line up.
 
     >>> side(1, 1), side(96, 1), side(8, 128)
-    (512, 64, 16)
+    (1024, 128, 32)
     """
     pairs = TILE_NUMBERS // max(lanes * numbers_per_pair, 1)
     length = 1 << max(math.isqrt(max(pairs, 1)).bit_length() - 1, 0)

@@ -1,0 +1,6 @@
+"""Layers: where parameters live. They build parts as they run, and return the lazy matrix."""
+
+from regard.nn.attention import MultiHeadAttention, SelfAttention
+from regard.nn.learnable import Learnable
+
+__all__ = ["Learnable", "MultiHeadAttention", "SelfAttention"]

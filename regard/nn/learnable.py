@@ -1,0 +1,45 @@
+"""A part inside a module: its tensors become parameters and buffers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from regard.part import Part
+
+
+class Learnable(nn.Module):
+    """Hold a part, so that a layer can train it, move it and save it.
+
+    Tensors of the part that require gradients become parameters, the others buffers; the names are
+    those of the part's fields. Calling the module gives the part on its present tensors.
+
+    >>> import torch
+    >>> from regard import Additive, Alibi
+    >>> [name for name, _ in Learnable(Additive.of(8, 64)).named_parameters()]
+    ['weight']
+    >>> [name for name, _ in Learnable(Alibi.of(8)).named_buffers()]
+    ['slopes']
+    >>> Learnable(Alibi.of(8))()
+    Alibi(tensor(8))
+    """
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        self._names = []
+        for path, tensor in part.named_tensors():
+            name = path.replace(".", "_")
+            self._names.append(name)
+            if tensor.requires_grad:
+                self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
+            else:
+                self.register_buffer(name, tensor)
+        # The layer's own tensors are the only ones: a second copy would not move or train.
+        self._part = part.with_tensors([tensor.detach() for tensor in part.tensors()])
+
+    def forward(self) -> Part:
+        """The part on the module's present tensors."""
+        return self._part.with_tensors([getattr(self, name) for name in self._names])
+
+    def extra_repr(self) -> str:
+        """The part's own repr."""
+        return repr(self._part)
