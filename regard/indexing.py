@@ -102,8 +102,8 @@ def _rows(matrix: Attention, rows: Index, columns: Index) -> Tensor:
 def _columns(matrix: Attention, columns: Index) -> Tensor:
     """Some columns of all rows: one pass over the tiles for the rows' statistics, then a block."""
     normalizer = matrix.normalizer
-    logits = dense.logits(matrix, EVERY, columns, normalizer.hidden)
-    weights = normalizer.weights(logits, tiled.statistics(matrix)).to(matrix.dtype)
+    logits = dense.logits(matrix, EVERY, columns)
+    weights = normalizer.weights(logits, tiled.rows(matrix)).to(matrix.dtype)
     if matrix.dropout is None:
         return weights
     n, m = matrix.shape[-2:]

@@ -297,7 +297,8 @@ def _add_heads(tensor: Tensor, trailing: int = 0) -> Tensor:
 
 def _in_lanes(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Document numbers as [lanes, length] each, that differ between batch entries as well."""
-    both = torch.cat([rows, keys], -1).reshape(-1, rows.shape[-1] + keys.shape[-1])
+    lanes, length = rows.shape[:-1].numel(), rows.shape[-1] + keys.shape[-1]
+    both = torch.cat([rows, keys], -1).reshape(lanes, length)
     if both.numel():
         both = both.unique(return_inverse=True)[1]
         both = both + torch.arange(len(both), device=both.device)[:, None] * (both.max() + 1)

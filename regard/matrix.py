@@ -225,7 +225,7 @@ class Attention:
                 (rows, columns), self.shape[-2:], ("row", "column"), strict=True
             )
         )
-        return dense.logits(self, rows, columns, float("-inf"))
+        return dense.logits(self, rows, columns)
 
     def logsumexp(self) -> Tensor:
         """log sum_j exp(logit_ij), [*batch, heads, n]; -inf for a row without visible keys.
@@ -266,7 +266,8 @@ class Attention:
     def distance(self, *, offset: int = 0) -> Tensor:
         """Mean distance |i + offset - j| that each row looks, [*batch, heads, n].
 
-        Under p as in `entropy`. d'Ascoli et al. 2021 (ConViT), arXiv:2103.10697, eq. 8, is its mean over rows.
+        Under p as in `entropy`. Its mean over rows is the non-locality of d'Ascoli et al. 2021
+        (ConViT), arXiv:2103.10697, eq. 8.
         """
         from regard.form import looks
 

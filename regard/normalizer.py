@@ -32,23 +32,38 @@ class State(NamedTuple):
     output: Tensor
 
 
-class Normalizer(Part):
-    """Base of all normalizers: weight_ij = u(logit_ij) / Z_i. `row` stands for Z_i, [*, r]."""
+class Row(NamedTuple):
+    """What is known of finished rows, [*, r] each: weight_ij = u(logit_ij - peak_i) / total_i.
 
-    hidden: ClassVar[float] = float("-inf")
-    """The logit that gives a forbidden pair the weight 0."""
+    Two numbers and not their one logsumexp: near the peak, logit - peak is exact, while logit -
+    logsumexp carries the rounding of the logsumexp into every weight of the row.
+    """
+
+    peak: Tensor
+    total: Tensor
+
+
+class Normalizer(Part):
+    """Base of all normalizers: weight_ij = u(logit_ij) / Z_i."""
+
     sums_to_one: ClassVar[bool] = False
     """Whether the weights of a row with visible keys sum to 1."""
     by_pair: ClassVar[bool] = False
-    """Whether each weight depends on its own logit alone, so that rows have no statistic."""
+    """Whether each weight depends on its own logit alone, so that nothing is kept of a row."""
+    couples: ClassVar[bool] = False
+    """Whether the gradient of a logit depends on the gradients of its row's other weights."""
 
     def whole(self, logits: Tensor) -> Tensor:
         """Weights of whole rows of logits [*, r, m]: the definition."""
         raise NotImplementedError
 
-    def neutral(self, shape: tuple[int, ...], output: Tensor) -> State:
-        """Return the state before any key: `shape` [*, r], and zeros `output` [*, r, e]."""
-        return State(output.new_full(shape, float("-inf")), output.new_zeros(shape), output)
+    def neutral(self, shape: tuple[int, ...], output: Tensor, dtype: torch.dtype) -> State:
+        """Return the state before any key: `shape` [*, r], zeros `output` [*, r, e].
+
+        Sums have the dtype of `output`, the peak `dtype`, that of the logits.
+        """
+        peak = output.new_full(shape, float("-inf"), dtype=dtype)
+        return State(peak, output.new_zeros(shape), output)
 
     def absorb(self, state: State, logits: Tensor, value: Tensor, drop: Tensor | None) -> State:
         """Take in a tile: logits [*, r, c], value [*, c, e], dropout factors [*, r, c] or None."""
@@ -63,25 +78,28 @@ class Normalizer(Part):
         """Return the state after the keys of both: associative and commutative."""
         return State(one.peak, one.total + other.total, one.output + other.output)
 
-    def finish(self, state: State) -> tuple[Tensor, Tensor]:
-        """Return output [*, r, e] and row [*, r], from which weights can be redone."""
-        return state.output, state.total
+    def finish(self, state: State) -> tuple[Tensor, Row]:
+        """Return output [*, r, e], and what weights can be redone from."""
+        return state.output, Row(state.peak, state.total)
 
-    def weights(self, logits: Tensor, row: Tensor) -> Tensor:
-        """Weights of a tile [*, r, c] from its logits and its rows' statistic [*, r]."""
+    def weights(self, logits: Tensor, row: Row) -> Tensor:
+        """Weights of a tile [*, r, c] from its logits and its rows."""
         return self._unnormalised(logits)
 
-    def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:
-        """Gradient of `row`: delta_i is sum_j weight_ij dweight_ij, row_grad came from above."""
+    def row_gradient(self, row: Row, delta: Tensor, dtotal: Tensor | None) -> Tensor:
+        """What `pullback` needs of whole rows, [*, r].
+
+        delta_i = sum_j weight_ij dweight_ij; dtotal: gradient of row.total from above
+        """
         return torch.zeros_like(delta)
 
     def pullback(
-        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
+        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Row, drow: Tensor
     ) -> Tensor:
-        """Gradient of a tile's logits from that of its weights and of its rows' statistic."""
+        """Gradient of a tile's logits from that of its weights; drow from `row_gradient`."""
         raise NotImplementedError
 
-    def own_gradients(self, row: Tensor, drow: Tensor) -> tuple[Tensor, ...]:
+    def own_gradients(self, row: Row, drow: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the normalizer's own tensors, before sums over broadcast axes."""
         return ()
 
@@ -110,6 +128,8 @@ class Softmax(Normalizer):
     """
 
     sink: float | Tensor | None = None
+
+    couples: ClassVar[bool] = True
 
     @property
     def sums_to_one(self) -> bool:  # type: ignore[override]
@@ -148,28 +168,29 @@ class Softmax(Normalizer):
         output = one.output * a[..., None] + other.output * b[..., None]
         return State(peak, one.total * a + other.total * b, output)
 
-    def finish(self, state: State) -> tuple[Tensor, Tensor]:
+    def finish(self, state: State) -> tuple[Tensor, Row]:
         if self.sink is not None:
             sink = self._sink(state.peak).expand_as(state.peak)
             weightless = State(sink, torch.ones_like(sink), torch.zeros_like(state.output))
             state = self.merge(state, weightless)
-        return state.output * _inverse(state.total)[..., None], state.total.log() + state.peak
+        return state.output * _inverse(state.total)[..., None], Row(state.peak, state.total)
 
-    def weights(self, logits: Tensor, row: Tensor) -> Tensor:
-        return (logits - _finite(row)[..., None]).exp()
+    def weights(self, logits: Tensor, row: Row) -> Tensor:
+        return (logits - _finite(row.peak)[..., None]).exp() * _inverse(row.total)[..., None]
 
-    def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:
-        return -delta if row_grad is None else row_grad - delta
+    def row_gradient(self, row: Row, delta: Tensor, dtotal: Tensor | None) -> Tensor:
+        return -delta if dtotal is None else dtotal * row.total - delta
 
     def pullback(
-        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
+        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Row, drow: Tensor
     ) -> Tensor:
         return weights * (dweights + drow[..., None])
 
-    def own_gradients(self, row: Tensor, drow: Tensor) -> tuple[Tensor, ...]:
+    def own_gradients(self, row: Row, drow: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(self.sink, Tensor):
             return ()
-        return ((self._sink(row) - _finite(row)).exp() * drow,)
+        weight = (self._sink(row.peak) - _finite(row.peak)).exp() * _inverse(row.total)
+        return (weight * drow,)
 
     def _sink(self, like: Tensor) -> Tensor:
         """Return the sink as [*batch, heads, 1] next to rows [*batch, heads, r]."""
@@ -197,7 +218,7 @@ class Sigmoid(Normalizer):
         return torch.sigmoid(logits + self.bias)
 
     def pullback(
-        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
+        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Row, drow: Tensor
     ) -> Tensor:
         return dweights * weights * (1 - weights)
 
@@ -226,20 +247,19 @@ class Relu(Normalizer):
         count = (logits > -torch.inf).sum(-1, keepdim=True).clamp(min=1) if self.mean else 1
         return torch.relu(logits) / count
 
-    def finish(self, state: State) -> tuple[Tensor, Tensor]:
-        if not self.mean:
-            return super().finish(state)
-        return state.output * _inverse(state.total)[..., None], state.total
+    def finish(self, state: State) -> tuple[Tensor, Row]:
+        output, row = super().finish(state)
+        return output * _inverse(row.total)[..., None] if self.mean else output, row
 
-    def weights(self, logits: Tensor, row: Tensor) -> Tensor:
+    def weights(self, logits: Tensor, row: Row) -> Tensor:
         weights = torch.relu(logits)
-        return weights * _inverse(row)[..., None] if self.mean else weights
+        return weights * _inverse(row.total)[..., None] if self.mean else weights
 
     def pullback(
-        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
+        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Row, drow: Tensor
     ) -> Tensor:
         if self.mean:
-            dweights = dweights * _inverse(row)[..., None]
+            dweights = dweights * _inverse(row.total)[..., None]
         return torch.where(logits > 0, dweights, 0)
 
     def _unnormalised(self, logits: Tensor) -> Tensor:
@@ -262,7 +282,7 @@ class RowSum(Normalizer):
 
     eps: float = 0.0
 
-    hidden: ClassVar[float] = 0.0
+    couples: ClassVar[bool] = True
 
     @property
     def sums_to_one(self) -> bool:  # type: ignore[override]
@@ -270,27 +290,29 @@ class RowSum(Normalizer):
         return self.eps == 0
 
     def whole(self, logits: Tensor) -> Tensor:
-        total = logits.sum(-1, keepdim=True) + self.eps
-        return torch.where(total == 0, 0, logits / torch.where(total == 0, 1, total))
+        present = _present(logits)
+        total = present.sum(-1, keepdim=True) + self.eps
+        return torch.where(total == 0, 0, present / torch.where(total == 0, 1, total))
 
-    def finish(self, state: State) -> tuple[Tensor, Tensor]:
+    def finish(self, state: State) -> tuple[Tensor, Row]:
         total = state.total + self.eps
-        return state.output * _inverse(total)[..., None], total
+        return state.output * _inverse(total)[..., None], Row(state.peak, total)
 
-    def weights(self, logits: Tensor, row: Tensor) -> Tensor:
-        return logits * _inverse(row)[..., None]
+    def weights(self, logits: Tensor, row: Row) -> Tensor:
+        return _present(logits) * _inverse(row.total)[..., None]
 
-    def row_gradient(self, row: Tensor, delta: Tensor, row_grad: Tensor | None) -> Tensor:
-        own = -delta * _inverse(row)
-        return own if row_grad is None else own + row_grad
+    def row_gradient(self, row: Row, delta: Tensor, dtotal: Tensor | None) -> Tensor:
+        own = -delta * _inverse(row.total)
+        return own if dtotal is None else own + dtotal
 
     def pullback(
-        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
+        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Row, drow: Tensor
     ) -> Tensor:
-        return dweights * _inverse(row)[..., None] + drow[..., None]
+        dlogits = dweights * _inverse(row.total)[..., None] + drow[..., None]
+        return torch.where(logits == -torch.inf, 0, dlogits)
 
     def _unnormalised(self, logits: Tensor) -> Tensor:
-        return logits
+        return _present(logits)
 
     def _total(self, logits: Tensor, weights: Tensor) -> Tensor:
         return weights.sum(-1)
@@ -304,19 +326,23 @@ class Identity(Normalizer):
     tensor([ 1., -3.])
     """
 
-    hidden: ClassVar[float] = 0.0
     by_pair: ClassVar[bool] = True
 
     def whole(self, logits: Tensor) -> Tensor:
-        return logits
+        return _present(logits)
 
     def pullback(
-        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Tensor, drow: Tensor
+        self, logits: Tensor, weights: Tensor, dweights: Tensor, row: Row, drow: Tensor
     ) -> Tensor:
-        return dweights
+        return torch.where(logits == -torch.inf, 0, dweights)
 
     def _unnormalised(self, logits: Tensor) -> Tensor:
-        return logits
+        return _present(logits)
+
+
+def _present(logits: Tensor) -> Tensor:
+    """Logits that are weights themselves: 0 for a pair that is not there."""
+    return torch.where(logits == -torch.inf, 0, logits)
 
 
 def _finite(peak: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ class Rule(Part):
         return self.score.prepare(query, key)
 
     def logits(
-        self, query: Tensor, key: Tensor, i: Tensor, j: Tensor, keep: Tensor | None, hidden: float
+        self, query: Tensor, key: Tensor, i: Tensor, j: Tensor, keep: Tensor | None
     ) -> Tensor:
-        """Logits of a tile of operands, [*, r, c]; forbidden pairs get the value `hidden`."""
+        """Logits of a tile of operands, [*, r, c]; -inf where `keep` forbids a pair."""
         logits = self.score.pair(query, key, i, j)
         if self.position is not None:
             bias = self.position.on_score(query, key, i, j)
             if bias is not None:
                 logits = logits + bias.to(logits.dtype)
-        return logits if keep is None else torch.where(keep, logits, hidden)
+        return logits if keep is None else torch.where(keep, logits, -torch.inf)

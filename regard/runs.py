@@ -68,14 +68,9 @@ class Runs:
         edge = keep.new_zeros(*keep.shape[:-1], 1)
         start = keep & ~torch.cat([edge, keep[..., :-1]], -1)
         stop = keep & ~torch.cat([keep[..., 1:], edge], -1)
-        flat = start.reshape(-1, columns)
-        return Runs(
-            tuple(keep.shape[:-2]),
-            rows,
-            columns,
-            _offsets(flat.sum(-1)),
-            *_small(flat.nonzero()[:, 1], stop.reshape(-1, columns).nonzero()[:, 1] + 1),
-        )
+        first, last = start.nonzero()[:, -1], stop.nonzero()[:, -1] + 1
+        batch = tuple(keep.shape[:-2])
+        return Runs(batch, rows, columns, _offsets(start.sum(-1)), *_small(first, last))
 
     @cached_property
     def simple(self) -> bool:

@@ -302,13 +302,16 @@ class Custom(Score):
     """
 
     function: PairFunction
+    dtype: torch.dtype = torch.float32
     captured: tuple[Tensor, ...] = ()
     originals: tuple[int, ...] = ()
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        key = grouped.match(key, _heads(query))
+        wide = query.dtype
+        # The function sees the caller's dtype, which is that of the tensors it brings along.
+        query, key = query.to(self.dtype), grouped.match(key, _heads(query)).to(self.dtype)
         if not self.captured:
-            return self._checked(self.function(query, key, i, j), query, i, j)
+            return self._checked(self.function(query, key, i, j), query, i, j).to(wide)
         trace = Trace(dict(zip(self.originals, self.captured, strict=True)), own=(query, key))
         with trace:
             scores = self.function(query, key, i, j)
@@ -318,7 +321,7 @@ class Custom(Score):
                 "it did not read on its first tile, so that its gradient would be lost; read every "
                 "such tensor on every call, or multiply with form='dense'."
             )
-        return self._checked(scores, query, i, j)
+        return self._checked(scores, query, i, j).to(wide)
 
     def probe(self, query: Tensor, key: Tensor) -> Custom:
         """Call the function on one pair of zeros to find what it reads that needs gradients."""
@@ -331,7 +334,7 @@ class Custom(Score):
                 self.function(one[0], grouped.match(one[1], _heads(query)), at, at), one[0], at, at
             )
         found = tuple(trace.found)
-        return replace(self, captured=found, originals=tuple(map(id, found)))
+        return replace(self, dtype=query.dtype, captured=found, originals=tuple(map(id, found)))
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Any widths fit, as far as `regard` can know."""

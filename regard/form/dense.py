@@ -22,22 +22,21 @@ def needs(matrix: Attention) -> str | None:
     return None
 
 
-def logits(matrix: Attention, rows: Index, columns: Index, hidden: float) -> Tensor:
-    """logit_ij = score(query_i, key_j) + bias_ij where visible, else `hidden`: [*batch, r, c]."""
+def logits(matrix: Attention, rows: Index, columns: Index) -> Tensor:
+    """logit_ij = score(query_i, key_j) + bias_ij where visible, else -inf: [*batch, r, c]."""
     query, key = matrix.rule.operands(matrix.query, matrix.key)
     i = positions(rows, query.shape[-2], query.device)
     j = positions(columns, key.shape[-2], query.device)
     keep = None if matrix.runs is None else matrix.runs.keep(rows, columns)
     rule = matrix.rule.cut(rows, columns)
-    tile = rule.logits(query[..., rows, :], key[..., columns, :], i, j, keep, hidden)
+    tile = rule.logits(query[..., rows, :], key[..., columns, :], i, j, keep)
     return tile.expand(*matrix.shape[:-2], i.numel(), j.numel())
 
 
 def weights(matrix: Attention, rows: Index = slice(None)) -> Tensor:
     """Weights of whole rows: the normalizer of a row of logits, then dropout. [*batch, r, m]."""
     every = slice(None)
-    normalizer = matrix.rule.normalizer
-    result = normalizer.whole(logits(matrix, rows, every, normalizer.hidden))
+    result = matrix.rule.normalizer.whole(logits(matrix, rows, every))
     if matrix.dropout is not None:
         i = positions(rows, matrix.shape[-2], result.device)
         j = torch.arange(matrix.shape[-1], device=result.device)

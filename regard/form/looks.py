@@ -126,4 +126,4 @@ def _row_sums(matrix: Attention, spread: Callable[[Tensor, Tile], Tensor]) -> tu
 def _tiles(matrix: Attention) -> tuple[Tiles, Iterator[Tile]]:
     tiles = Tiles.of(matrix)
     query, key = matrix.rule.operands(matrix.query, matrix.key)
-    return tiles, tiles.walk(query, key, tiles.statistics(query, key))
+    return tiles, tiles.walk(query, key, tiles.rows(query, key))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from regard.dropout import Dropout
-from regard.normalizer import State
+from regard.normalizer import Row, State
 from regard.part import positions
 from regard.rule import Rule
 from regard.runs import Runs, Span
@@ -31,8 +31,13 @@ SMALLEST_SIDE = 16
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: half precision inputs are summed in float32."""
+    """The dtype of a tile: half precision inputs are computed in float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over tiles, which are few numbers: then their order costs no digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def side(lanes: int, numbers_per_pair: int) -> int:
@@ -67,6 +72,10 @@ class Tiles:
             side(lanes, numbers),
         )  # fmt: skip
 
+    def with_rule_on(self, tensors: Sequence[Tensor]) -> Tiles:
+        """The same tiles with the rule on other tensors."""
+        return replace(self, rule=self.rule.with_tensors(tensors))
+
     @property
     def batch(self) -> tuple[int, ...]:
         """The batch and head axes."""
@@ -98,7 +107,7 @@ class Tiles:
         rule = self.rule.cut(rows, span.columns) if rule is None else rule
         i, j = self.at(rows, span.columns)
         keep = self.keep(rows, span)
-        logits = rule.logits(query, key, i, j, keep, rule.normalizer.hidden)
+        logits = rule.logits(query, key, i, j, keep)
         return logits.expand(*self.batch, i.numel(), j.numel())
 
     def drop(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor | None:
@@ -112,48 +121,47 @@ class Tiles:
         device = self.lanes.device
         return positions(rows, self.shape[-2], device), positions(columns, self.shape[-1], device)
 
-    def walk(self, query: Tensor, key: Tensor, row: Tensor) -> Iterator[Tile]:
-        """Every visible tile with its weights: what all looking goes through.
-
-        row [*batch, n]: the rows' statistic, from `statistics`
-        """
+    def walk(self, query: Tensor, key: Tensor, row: Row) -> Iterator[Tile]:
+        """Every visible tile with its weights: what all looking goes through. `row`: of `rows`."""
         dtype = compute_dtype(query.dtype)
         for rows in self.row_blocks():
             of_rows = query[..., rows, :].to(dtype)
             for span in self.spans(rows):
                 logits = self.logits(of_rows, key[..., span.columns, :].to(dtype), rows, span)
-                weights = self.rule.normalizer.weights(logits, row[..., rows])
+                weights = self.rule.normalizer.weights(logits, part_of(row, rows))
                 drop = self.drop(rows, span.columns, dtype)
-                yield Tile(rows, span, weights if drop is None else weights * drop)
+                yield Tile(rows, span, logits, weights if drop is None else weights * drop)
 
-    def statistics(self, query: Tensor, key: Tensor) -> Tensor:
-        """Each row's statistic, [*batch, n]: what turns logits into weights."""
+    def rows(self, query: Tensor, key: Tensor) -> Row:
+        """What turns the logits of each row into weights, [*batch, n]."""
         if self.rule.normalizer.by_pair:
-            dtype = compute_dtype(query.dtype)
-            return query.new_zeros(*self.shape[:-1], dtype=dtype)
+            empty = query.new_zeros(*self.shape[:-1], dtype=compute_dtype(query.dtype))
+            return Row(empty, empty)
         nothing = key.new_zeros(key.shape[-2], 0)
         return self.product(query, key, nothing)[1]
 
-    def product(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix times value, [*batch, n, e], and the rows' statistic, [*batch, n]."""
+    def product(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Row]:
+        """The matrix times value, [*batch, n, e], and its rows, [*batch, n]."""
         dtype = compute_dtype(query.dtype)
         rows_in_all = self.shape[-2]
         batch = self.output_batch(value)
         output = value.new_empty(*batch, rows_in_all, value.shape[-1])
-        statistic = value.new_empty(*self.batch, rows_in_all, dtype=dtype)
+        row = Row(*(value.new_empty(*self.batch, rows_in_all, dtype=dtype) for _ in range(2)))
         normalizer = self.rule.normalizer
         for rows in self.row_blocks():
             of_rows = query[..., rows, :].to(dtype)
             count = rows.stop - rows.start
-            zeros = value.new_zeros(*batch, count, value.shape[-1], dtype=dtype)
-            state: State = normalizer.neutral((*self.batch, count), zeros)
+            zeros = value.new_zeros(*batch, count, value.shape[-1], dtype=sum_dtype(value.device))
+            state: State = normalizer.neutral((*self.batch, count), zeros, dtype)
             for span in self.spans(rows):
                 of_columns, of_values = (x[..., span.columns, :].to(dtype) for x in (key, value))
                 logits = self.logits(of_rows, of_columns, rows, span)
                 drop = self.drop(rows, span.columns, dtype)
                 state = normalizer.absorb(state, logits, of_values, drop)
-            output[..., rows, :], statistic[..., rows] = normalizer.finish(state)
-        return output, statistic
+            output[..., rows, :], (row.peak[..., rows], row.total[..., rows]) = normalizer.finish(
+                state
+            )
+        return output, row
 
     def output_batch(self, value: Sequence[int] | Tensor) -> tuple[int, ...]:
         """The batch and head axes of the matrix times value: value heads are shared by groups."""
@@ -165,11 +173,17 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tile:
-    """Weights [*batch, r, c] of one tile."""
+    """Logits and weights [*batch, r, c] of one tile."""
 
     rows: slice
     span: Span
+    logits: Tensor
     weights: Tensor
+
+
+def part_of(row: Row, rows: slice) -> Row:
+    """The rows of one block."""
+    return Row(row.peak[..., rows], row.total[..., rows])
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -1,0 +1,40 @@
+"""Fixtures for all tests: memory that was never written shows, and tiles are small."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import regard.form.tiles
+
+# The fixtures below hold for a whole test and do not depend on what hypothesis draws.
+settings.register_profile(
+    "regard",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("regard")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill torch.empty with NaN, so that an entry which is read but never written is found."""
+    plain_empty, plain_new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return (
+            tensor.fill_(torch.nan) if tensor.is_floating_point() and not tensor.is_meta else tensor
+        )
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_new_empty(*a, **k)))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 x 4 pairs, so that small matrices have inner, edge and empty tiles."""
+    monkeypatch.setattr(regard.form.tiles, "SMALLEST_SIDE", 4)
+    monkeypatch.setattr(regard.form.tiles, "TILE_NUMBERS", 16)

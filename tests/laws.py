@@ -1,0 +1,251 @@
+"""The lists that every law runs over: a new part is one line here.
+
+Each entry builds a part for given sizes; tensors in it require gradients, so that laws about
+gradients cover them. `Sizes` are drawn so that they cross the edges of the tests' small tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from regard import (
+    Additive,
+    Alibi,
+    Attention,
+    Bias,
+    Bilinear,
+    Causal,
+    Cosine,
+    Dense,
+    Distance,
+    Documents,
+    Dot,
+    Identity,
+    Padding,
+    PositionOnly,
+    Prefix,
+    Relu,
+    RowSum,
+    Sigmoid,
+    Softmax,
+    Window,
+    attention,
+)
+from regard.form import FORMS
+
+__all__ = ["FORMS", "MASKS", "NORMALIZERS", "POSITIONS", "SCORES", "Case", "Sizes", "sizes"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """batch, heads, key heads, n rows, m columns, width of query and key, width of value."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    n: int
+    m: int
+    width: int
+    value_width: int
+
+
+sizes = st.builds(
+    lambda batch, key_heads, group, n, m, width, value_width: Sizes(
+        batch, key_heads * group, key_heads, n, m, width, value_width
+    ),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from([0, 1, 2, 3, 5, 8, 9, 13, 17]),
+    st.sampled_from([0, 1, 2, 4, 7, 8, 9, 16, 17]),
+    st.sampled_from([1, 2, 5, 8]),
+    st.sampled_from([1, 3, 8]),
+)
+
+
+class Draw:
+    """Random tensors of one dtype, seeded; all require gradients.
+
+    one_sign: no negative numbers, for the row sum, which scores of both signs bring near zero
+    """
+
+    def __init__(self, seed: int, dtype: torch.dtype, *, one_sign: bool = False) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+        self.one_sign = one_sign
+
+    def normal(self, *shape: int) -> Tensor:
+        # Drawn in float64 and rounded, so that one seed means the same case in every dtype.
+        numbers = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        numbers = numbers.abs() if self.one_sign else numbers
+        return numbers.to(self.dtype).requires_grad_()
+
+    def positive(self, *shape: int) -> Tensor:
+        """In (0, 0.5): slopes that do not push every weight onto one key."""
+        numbers = torch.rand(*shape, generator=self.generator, dtype=torch.float64) / 2
+        return numbers.to(self.dtype).requires_grad_()
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(max(high, 1), shape, generator=self.generator)
+
+    def bits(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator) < 0.6
+
+
+def _laplace(draw: Draw, s: Sizes) -> Callable[..., Tensor]:
+    sharpness = draw.normal(s.heads, 1, 1)
+    square = sharpness.square()  # not a leaf: gradients must reach what it was made from
+
+    def laplace(query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = (query[..., :, None, :] - key[..., None, :, :]).abs().sum(-1)
+        return -square * distance + 0.01 * (i[:, None] - j)
+
+    return laplace
+
+
+SCORES: dict[str, Callable[[Draw, Sizes], object]] = {
+    "dot": lambda draw, s: Dot(),
+    "dot softcap": lambda draw, s: Dot(scale=draw.normal(s.heads), softcap=1.5),
+    "bilinear": lambda draw, s: Bilinear(draw.normal(s.heads, s.width, s.width)),
+    "cosine": lambda draw, s: Cosine(scale=3.0),
+    "distance": lambda draw, s: Distance(scale=draw.normal(s.heads)),
+    "tanh": lambda draw, s: Additive(draw.normal(s.heads, s.width)),
+    "leaky_relu": lambda draw, s: Additive(draw.normal(s.width), "leaky_relu"),
+    "relu": lambda draw, s: Additive(draw.normal(s.heads, s.width), "relu"),
+    "gelu": lambda draw, s: Additive(draw.normal(s.heads, s.width), "gelu"),
+    "sigmoid": lambda draw, s: Additive(draw.normal(s.heads, s.width), "sigmoid"),
+    "position only": lambda draw, s: PositionOnly(),
+    "own function": _laplace,
+}
+
+POSITIONS: dict[str, Callable[[Draw, Sizes], object]] = {
+    "none": lambda draw, s: None,
+    "alibi": lambda draw, s: Alibi(draw.positive(s.heads), offset=2),
+    "bias": lambda draw, s: Bias(draw.normal(s.batch, 1, s.n, s.m)),
+    "alibi + row bias": lambda draw, s: Alibi.of(s.heads) + Bias(draw.normal(s.heads, 1, s.m)),
+}
+
+MASKS: dict[str, Callable[[Draw, Sizes], object]] = {
+    "none": lambda draw, s: None,
+    "causal": lambda draw, s: Causal(),
+    "causal, few see": lambda draw, s: Causal(offset=-3),
+    "window": lambda draw, s: Window(2, 1, offset=1),
+    "causal window": lambda draw, s: Causal(offset=2) & Window(3, None),
+    "documents": lambda draw, s: Documents(
+        draw.integers(3, s.batch, s.n), draw.integers(3, s.batch, s.m)
+    ),
+    "prefix": lambda draw, s: Causal() | Prefix(draw.integers(s.m, s.batch)),
+    "padding": lambda draw, s: Padding(draw.bits(s.batch, s.m)),
+    "dense": lambda draw, s: Dense(draw.bits(s.batch, s.heads, s.n, s.m)),
+    "not window": lambda draw, s: ~Window(1, 1) & Padding(draw.bits(s.batch, s.m)),
+    "nothing": lambda draw, s: Causal() & ~Causal(),
+}
+
+NORMALIZERS: dict[str, Callable[[Draw, Sizes], object]] = {
+    "softmax": lambda draw, s: Softmax(),
+    "sinks": lambda draw, s: Softmax(sink=draw.normal(s.heads)),
+    "softmax plus one": lambda draw, s: Softmax(sink=0.0),
+    "sigmoid": lambda draw, s: Sigmoid(bias=-1.0),
+    "relu": lambda draw, s: Relu(),
+    "relu mean": lambda draw, s: Relu(mean=True),
+    "row sum": lambda draw, s: RowSum(eps=1e-3),
+    "identity": lambda draw, s: Identity(),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One matrix and value, named by its parts, made again from its seed in any dtype."""
+
+    score: str
+    position: str
+    mask: str
+    normalizer: str
+    sizes: Sizes
+    seed: int
+
+    def build(self, dtype: torch.dtype) -> tuple[Attention, Tensor]:
+        s, draw = self.sizes, Draw(self.seed, dtype, one_sign=self.normalizer == "row sum")
+        matrix = attention(
+            draw.normal(s.batch, s.heads, s.n, s.width),
+            draw.normal(s.batch, s.key_heads, s.m, s.width),
+            score=SCORES[self.score](draw, s),
+            position=POSITIONS[self.position](draw, s),
+            mask=MASKS[self.mask](draw, s),
+            normalizer=NORMALIZERS[self.normalizer](draw, s),
+        )
+        return matrix, draw.normal(s.batch, s.key_heads, s.m, s.value_width)
+
+
+cases = st.builds(
+    Case,
+    st.sampled_from(list(SCORES)),
+    st.sampled_from(list(POSITIONS)),
+    st.sampled_from(list(MASKS)),
+    st.sampled_from(list(NORMALIZERS)),
+    sizes,
+    st.integers(0, 2**16),
+)
+
+
+def inputs(matrix: Attention, value: Tensor) -> list[Tensor]:
+    """Everything the product depends on."""
+    return [matrix.query, matrix.key, value, *matrix.rule.tensors()]
+
+
+def on(matrix: Attention, tensors: list[Tensor], form: str) -> Tensor:
+    """The product of the same parts on other `inputs`."""
+    query, key, value, *own = tensors
+    return Attention(query, key, matrix.rule.with_tensors(own), matrix.mask).matmul(
+        value, form=form
+    )
+
+
+def results(matrix: Attention, value: Tensor, form: str, seed: int = 0) -> dict[str, Tensor]:
+    """The product and its gradients with respect to everything, under a random linear loss."""
+    output = matrix.matmul(value, form=form)
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    inputs = {"query": matrix.query, "key": matrix.key, "value": value}
+    inputs |= {name: x for name, x in matrix.rule.named_tensors() if x.requires_grad}
+    gradients = torch.autograd.grad(output, list(inputs.values()), loss, allow_unused=True)
+    return {"output": output.detach()} | {
+        f"gradient of {name}": torch.zeros_like(x) if gradient is None else gradient
+        for (name, x), gradient in zip(inputs.items(), gradients, strict=True)
+    }
+
+
+def contributions(matrix: Attention, value: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Sum of |gradient| over the rows that the gradient of a part's tensor is the sum of.
+
+    The rounding of a sum is measured against the sizes of its terms (Higham 2002, eq. 4.4).
+    """
+    names = {name: x for name, x in matrix.rule.named_tensors() if x.requires_grad}
+    if not names:
+        return {}
+    output = matrix.matmul(value, form="dense")
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    of_rows = loss * torch.eye(output.shape[-2], dtype=loss.dtype)[:, None, None, :, None]
+    terms = torch.autograd.grad(
+        output, list(names.values()), of_rows, is_grads_batched=True, allow_unused=True
+    )
+    return {
+        f"gradient of {name}": torch.zeros(()) if term is None else term.abs().sum(0)
+        for name, term in zip(names, terms, strict=True)
+    }
+
+
+def condition(matrix: Attention) -> float:
+    """How much rounding a normalizer amplifies: 1, but sum |logit| / |sum logit| for RowSum."""
+    if not isinstance(matrix.normalizer, RowSum):
+        return 1.0
+    logits = matrix.logits().detach().double()
+    logits = torch.where(logits == -torch.inf, 0, logits)
+    total, size = logits.sum(-1) + matrix.normalizer.eps, logits.abs().sum(-1)
+    return float((size / total.abs()).max().clamp(min=1)) if size.numel() else 1.0

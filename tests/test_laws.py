@@ -1,0 +1,126 @@
+"""Every form gives the numbers of `dense`, gradients included, for all parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import laws
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from laws import FORMS, MASKS, NORMALIZERS, POSITIONS, SCORES, Case, Sizes, condition, results
+
+import regard.form.tiles
+
+FASTER = [form for form in FORMS if form != "dense"]
+EPS = torch.finfo(torch.float64).eps
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+def assert_rounding(got: dict, wanted: dict, factor: float) -> None:
+    """Equal up to float64 rounding of sums of a few dozen terms, amplified by `factor`."""
+    for name, reference in wanted.items():
+        assert torch.isfinite(got[name]).all(), name
+        if not reference.numel():
+            continue
+        bound = 256 * EPS * factor * max(1.0, float(reference.detach().abs().max()))
+        error = float((got[name] - reference).detach().abs().max())
+        assert error <= bound, f"{name}: error {error:.3g} is above {bound:.3g}"
+
+
+@pytest.mark.parametrize("form", FASTER)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("score", SCORES)
+@given(
+    position=st.sampled_from(list(POSITIONS)),
+    mask=st.sampled_from(list(MASKS)),
+    sizes=laws.sizes,
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=6)
+def test_form_equals_dense(score, normalizer, form, position, mask, sizes, seed):
+    matrix, value = Case(score, position, mask, normalizer, sizes, seed).build(torch.float64)
+    factor = condition(matrix)
+    assume(factor < 1e4)  # a row sum near zero has no digits to compare
+    assert FORMS[form].needs(matrix) is None
+    assert_rounding(results(matrix, value, form), results(matrix, value, "dense"), factor**3)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("mask", MASKS)
+@given(sizes=laws.sizes, seed=st.integers(0, 2**16))
+@settings(max_examples=6)
+def test_transpose_equals_dense(mask, position, sizes, seed):
+    matrix, _ = Case("dot", position, mask, "sinks", sizes, seed).build(torch.float64)
+    x = laws.Draw(seed, torch.float64).normal(sizes.batch, sizes.heads, sizes.n, 3)
+    inputs = [matrix.query, matrix.key, x, *matrix.rule.tensors()]
+    inputs = [tensor for tensor in inputs if tensor.requires_grad]
+    got, wanted = [], []
+    for form, found in (("tiled", got), ("dense", wanted)):
+        output = matrix.mT.matmul(x, form=form)
+        loss = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
+        found += [output, *torch.autograd.grad(output, inputs, loss, allow_unused=True)]
+    for one, other, tensor in zip(got, wanted, [None, *inputs], strict=True):
+        one = torch.zeros_like(tensor) if one is None else one
+        other = torch.zeros_like(tensor) if other is None else other
+        assert_rounding({"": one}, {"": other}, 1)
+
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+SEEDS = range(6)
+# Gradients that the law leaves out in half precision. Near a kink a derivative is one of two
+# numbers and not a rounded one; a user's function runs in its caller's dtype, tile by tile, so that
+# the partial sums of its own gradients round once for each tile.
+LEFT_OUT = {"relu", "leaky_relu", "relu mean", "own function"}
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("score", SCORES)
+def test_low_precision_error_is_at_most_twice_that_of_dense(score, normalizer, dtype, monkeypatch):
+    """Against float64 dense: error(form) <= 2 error(dense in that dtype) + one rounding.
+
+    An error is the norm of the difference over the norm of the result, pooled over some seeds: a
+    gradient of a few numbers is now and then right to the last digit by luck, in either form.
+    """
+    monkeypatch.setattr(regard.form.tiles, "SMALLEST_SIDE", 16)  # the smallest that is used
+    eps = torch.finfo(dtype).eps
+    errors, allowed, cases = defaultdict(float), defaultdict(float), 0
+    for seed in SEEDS:
+        mask = ["none", "causal window", "padding"][seed % 3]
+        sizes = Sizes(batch=1, heads=2, key_heads=1, n=65, m=57, width=16, value_width=8)
+        position = "none" if normalizer == "row sum" else "alibi"
+        case = Case(score, position, mask, normalizer, sizes, seed)
+        exact, low = case.build(torch.float64), case.build(dtype)
+        if condition(exact[0]) > 50:
+            continue  # a row sum near zero: what is left of it is rounding, in every form
+        cases += 1
+        # Both start from the numbers that the low precision holds, so that only sums differ.
+        for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
+            high.data.copy_(rounded)
+        reference = results(*exact, "dense")
+        # What rounds in the gradient of a part is a sum of rows' contributions.
+        terms = reference | laws.contributions(*exact)
+        for found, form in ((errors, "tiled"), (allowed, "dense")):
+            for name, result in results(*low, form).items():
+                scale = eps * float(terms[name].norm()) or 1.0
+                found[name] += (float((result - reference[name]).norm()) / scale) ** 2
+    assert cases >= 3
+    for name, squares in errors.items():
+        if name != "output" and eps > 1e-4 and (score in LEFT_OUT or normalizer in LEFT_OUT):
+            continue
+        error, dense = ((total / cases) ** 0.5 for total in (squares, allowed[name]))
+        assert error <= 2 * dense + 1, f"{name}: {error:.2f} roundings, dense {dense:.2f}"
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("score", [name for name in SCORES if name != "own function"])
+def test_gradcheck_of_the_definition(score, normalizer):
+    """The definition's own gradients are right, by finite differences."""
+    sizes = Sizes(batch=1, heads=2, key_heads=1, n=3, m=4, width=2, value_width=2)
+    matrix, value = Case(score, "alibi", "causal", normalizer, sizes, seed=3).build(torch.float64)
+    assert condition(matrix) < 1e3
+    tensors = laws.inputs(matrix, value)
+    assert torch.autograd.gradcheck(lambda *given: laws.on(matrix, list(given), "dense"), tensors)
