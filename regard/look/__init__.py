@@ -1,0 +1,120 @@
+"""Look at a model's attention: one self-contained page, in a notebook or in a file.
+
+    look("The animal didn't cross the street because it was too tired").save("page.html")
+    look(model, inputs)                                  # any PyTorch or Hugging Face model
+    look({"query": q, "key": k, "value": v})             # tensors or arrays
+
+The page carries query, key and value, of length n, and computes weights where they are looked at;
+no n x n weights are stored.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regard.errors import DtypeError, ShapeError
+from regard.look.capture import capture
+from regard.look.page import page_of
+from regard.look.record import Captured, CaptureError
+from regard.look.scene import Scene, Tokens, of_arrays, of_model
+from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
+
+__all__ = ["CaptureError", "Captured", "Look", "SourceError", "capture", "look"]
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What was looked at. Shows itself in a notebook; `save` writes the page."""
+
+    scene: Scene
+
+    @property
+    def captured(self) -> tuple[Captured, ...]:
+        """One record per attention call, each with its lazy `matrix`."""
+        return self.scene.captured
+
+    @cached_property
+    def html(self) -> str:
+        """The page. Raises ShapeError if it would be too large, naming what would fit."""
+        return page_of(self.scene)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page and return where it is. Raises OSError if it cannot be written."""
+        target = Path(path)
+        target.write_text(self.html, encoding="utf-8")
+        return target
+
+    def _repr_html_(self) -> str:
+        # An iframe keeps the page's script and styles apart from the notebook's, and survives
+        # the notebook's export, which a live widget does not.
+        return (
+            f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="900" '
+            'style="border:0" title="attention"></iframe>'
+        )
+
+
+def look(
+    what: str | Path | nn.Module | Mapping[str, Any],
+    inputs: Any = None,
+    *,
+    tokens: Sequence[str] | None = None,
+    limit: int | None = None,
+    layers: Sequence[int] | None = None,
+    causal: bool = False,
+) -> Look:
+    """Run or read something once and look at its attention.
+
+    what: a text, for the MiniLM model of the `look` extra; a `Path` to a .safetensors or .npz
+        file; a mapping of arrays (`query`, `key`, optionally `value` and `tokens`; shapes [n, d],
+        [heads, n, d] or [layers, heads, n, d]); or a model, with `inputs`
+    inputs: for a model: a tensor, a tuple of arguments, or a mapping of keyword arguments
+    tokens: for a model: labels for the tokens of its input
+    limit: for a text or arrays: only the first tokens
+    layers: which attention layers to keep, counted from 0
+    causal: for arrays: key j is visible to query i only if j <= i
+
+    Raises CaptureError, SourceError, MissingPackageError, ShapeError or DtypeError, each saying
+    what would work.
+
+    >>> import torch
+    >>> seen = look({"query": torch.randn(2, 5, 8), "key": torch.randn(2, 5, 8)}, causal=True)
+    >>> seen.captured[0].matrix.shape
+    torch.Size([1, 2, 5, 5])
+    """
+    if limit is not None and limit < 1:
+        raise ShapeError(f"limit is {limit}; at least one token must be left to look at")
+    is_model = isinstance(what, nn.Module)
+    _refuse(is_model, {"limit": limit}, "a model: pass shorter inputs")
+    _refuse(not is_model, {"inputs": inputs, "tokens": tokens}, "anything but a model")
+    if isinstance(what, nn.Module):
+        if inputs is None:
+            raise DtypeError("a model needs inputs: look(model, inputs)")
+        _refuse(True, {"causal": causal or None}, "a model: its own masks are read")
+        labels = None if tokens is None else Tokens.of_labels(tokens)
+        return Look(of_model(what, inputs, tokens=labels, layers=layers))
+    if isinstance(what, Mapping):
+        return Look(of_arrays(what, causal=causal, limit=limit, layers=layers))
+    if isinstance(what, Path):
+        if what.suffix not in ARRAY_FILES:
+            raise SourceError(f"{what} is not one of {' or '.join(ARRAY_FILES)}; give text as str")
+        return Look(of_file(what, causal=causal, limit=limit, layers=layers))
+    if not isinstance(what, str):
+        raise DtypeError(
+            f"a {type(what).__name__} cannot be looked at; what works: a text, a Path, a mapping "
+            "of arrays, or a model with its inputs"
+        )
+    _refuse(True, {"causal": causal or None}, "a text: the model's own masks are read")
+    return Look(of_text(what, limit=limit, layers=layers))
+
+
+def _refuse(applies: bool, options: Mapping[str, Any], where: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if applies and given:
+        raise DtypeError(f"{' and '.join(given)} cannot be used with {where}")

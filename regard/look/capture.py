@@ -1,0 +1,272 @@
+"""Taps that read query, key and value out of a running model, without changing the model.
+
+Two routes, both active at once:
+
+- **interface**: Hugging Face models ask `AttentionInterface.get_interface` for their attention
+  function, whichever implementation is configured, the model file's own eager code included.
+  That one method is wrapped while the tap is open. Query and key arrive after rotary encoding and
+  before grouped key heads are repeated; bias, sinks and softcap arrive by name.
+- **sdpa**: a `TorchFunctionMode` sees every call of `F.scaled_dot_product_attention`, including
+  the one inside `nn.MultiheadAttention`. It is muted inside the interface route, so that no call
+  is recorded twice.
+
+Models with attention code of their own (neither route) record nothing, and the caller is told.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from regard.look.record import Captured, CaptureError, four_axes, kept, record
+
+# Keywords that reach a Hugging Face attention function and do not change what the `eager` and
+# `sdpa` implementations compute (transformers/utils/generic.py, TransformersKwargs, and the
+# call sites of models/*/modeling_*.py). `sliding_window` is in the mask already.
+# fmt: off
+_HARMLESS = frozenset({
+    "cache", "cache_position", "config", "cu_seq_lens_k", "cu_seq_lens_q",
+    "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
+    "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache",
+})
+_READ = frozenset({
+    "dropout", "is_causal", "position_bias", "s_aux", "scaling", "sliding_window", "softcap",
+})
+# fmt: on
+
+
+@contextmanager
+def capture(model: nn.Module) -> Iterator[list[Captured]]:
+    """Record every attention call that `model` makes while the block runs.
+
+    Yields the list that the calls are added to, in the order in which they happen. The model, its
+    configuration and its registered functions are the same afterwards. The interface route wraps
+    a method that all Hugging Face models of the process share; calls of other models pass through
+    unrecorded.
+
+    Raises CaptureError where a call does something that the record could not hold, rather than
+    recording something else.
+
+    >>> import torch
+    >>> layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    >>> x = torch.randn(1, 5, 8)
+    >>> with torch.no_grad(), capture(layer) as calls:
+    ...     _ = layer(x, x, x, need_weights=False)
+    >>> calls[0].matrix.shape
+    torch.Size([1, 2, 5, 5])
+    """
+    calls: list[Captured] = []
+    open_modules: list[str] = []
+
+    def enter(module: nn.Module, name: str) -> None:
+        open_modules.append(name)
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: enter(m, name)))
+        hooks.append(
+            module.register_forward_hook(lambda *_: _forget(open_modules), always_call=True)
+        )
+    tap = _SdpaTap(calls, open_modules)
+    try:
+        with _interface_tap(model, calls, tap), tap:
+            yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _forget(names: list[str]) -> None:
+    """Leave a module. A forward hook must return None, or its result replaces the output."""
+    names.pop()
+
+
+def _interface_tap(model: nn.Module, calls: list[Captured], sdpa: _SdpaTap) -> Any:
+    """The interface route, or nothing if no Hugging Face model can be in this process."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    interface = getattr(modeling, "AttentionInterface", None)
+    if interface is None or not hasattr(interface, "get_interface"):
+        return nullcontext()
+    return _wrapped_interface(interface, model, calls, sdpa)
+
+
+@contextmanager
+def _wrapped_interface(
+    interface: Any, model: nn.Module, calls: list[Captured], sdpa: _SdpaTap
+) -> Iterator[None]:
+    names = {module: name for name, module in model.named_modules()}
+    original = interface.get_interface
+
+    def get_interface(self: Any, implementation: str | None, default: Any) -> Any:
+        inner = original(self, implementation, default)
+        known = implementation == "sdpa" or inner is default
+
+        # The signature is Hugging Face's; **kwargs is theirs to fill, and `_read` checks it.
+        def attend(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if module not in names:
+                return inner(module, query, key, value, attention_mask, **kwargs)
+            if not known:
+                raise CaptureError(
+                    f"layer '{names[module]}' runs attention implementation '{implementation}', "
+                    "whose masks cannot be read here; what works: "
+                    "model.set_attn_implementation('sdpa') or 'eager'"
+                )
+            with sdpa.muted():
+                result = inner(module, query, key, value, attention_mask, **kwargs)
+            asked = kwargs.get("is_causal")
+            asked = getattr(module, "is_causal", True) if asked is None else asked
+            # sdpa turns the flag into a triangle only without a mask and for more than one query;
+            # eager code never reads it (integrations/sdpa_attention.py, is_causal).
+            triangle = inner is not default and attention_mask is None and query.shape[2] > 1
+            causal = bool(asked) and triangle
+            tensors = (query, key, value)
+            call = _read_interface(names[module], tensors, attention_mask, causal, kwargs)
+            calls.append(replace(call, output=kept(result[0].transpose(1, 2))))
+            return result
+
+        return attend
+
+    interface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        interface.get_interface = original
+
+
+def _read_interface(
+    name: str,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: Any,
+    causal: bool,
+    kwargs: Mapping[str, Any],
+) -> Captured:
+    query, key, _ = tensors
+    given = {word for word, argument in kwargs.items() if argument is not None}
+    if unknown := given - _HARMLESS - _READ:
+        raise CaptureError(
+            f"layer '{name}' passes {', '.join(sorted(unknown))} to its attention, which this "
+            "version cannot record; the captured numbers would not be the model's"
+        )
+    window = kwargs.get("sliding_window")
+    if window is not None and mask is None and key.shape[2] > window:
+        raise CaptureError(
+            f"layer '{name}' attends within a window of {window} over {key.shape[2]} keys but "
+            "passes no mask that says so; what works: model.set_attn_implementation('sdpa')"
+        )
+    scale = kwargs.get("scaling")
+    call = record(name, tensors, mask, dropout=kwargs.get("dropout") or 0.0)
+    bias, extra = call.bias, kwargs.get("position_bias")
+    if extra is not None:
+        bias = kept(extra) if bias is None else bias + extra.detach()
+    sinks = kwargs.get("s_aux")
+    return replace(
+        call,
+        route="interface",
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        causal=causal,
+        bias=bias,
+        sinks=None if sinks is None else kept(sinks.reshape(-1)),
+        softcap=kwargs.get("softcap"),
+    )
+
+
+class _SdpaTap(TorchFunctionMode):
+    """Records calls of `F.scaled_dot_product_attention` under the innermost open module's name."""
+
+    def __init__(self, calls: list[Captured], open_modules: list[str]) -> None:
+        super().__init__()
+        self._calls = calls
+        self._open_modules = open_modules
+        self._silent = 0
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        self._silent += 1
+        try:
+            yield
+        finally:
+            self._silent -= 1
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # No open module: the call is made by somebody else while the tap is open.
+        if self._open_modules and not self._silent:
+            if func is F.scaled_dot_product_attention:
+                return self._attend(*args, **kwargs)
+            if func is F.multi_head_attention_forward:
+                return self._multi_head(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """The call itself, with `F.scaled_dot_product_attention`'s own signature."""
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        tensors = (four_axes(query), four_axes(key), four_axes(value))
+        call = record(self._open_modules[-1], tensors, attn_mask, dropout=dropout_p)
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        self._calls.append(
+            replace(call, scale=scale, causal=is_causal, output=kept(four_axes(output)))
+        )
+        return output
+
+    def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the body of nn.MultiheadAttention so that its sdpa call is seen.
+
+        The public function, called under a mode, hands itself to the mode as a whole. Its code
+        object is run with `has_torch_function` answering False instead. A caller who asks for the
+        weights gets them from an untouched call; the sdpa call is then made only for the record,
+        which therefore has no output of the model's own.
+        """
+        whole = F.multi_head_attention_forward
+        bound = inspect.signature(whole).bind(*args, **kwargs)
+        bound.apply_defaults()
+        wanted = bound.arguments["need_weights"]
+        bound.arguments["need_weights"] = False
+        body = types.FunctionType(
+            whole.__code__,
+            {**whole.__globals__, "has_torch_function": lambda *_: False},
+            whole.__name__,
+            whole.__defaults__,
+            whole.__closure__,
+        )
+        before = len(self._calls)
+        with self:
+            result = body(*bound.args, **bound.kwargs)
+        if not wanted:
+            return result
+        self._calls[before:] = [replace(call, output=None) for call in self._calls[before:]]
+        return whole(*args, **kwargs)

@@ -1,0 +1,161 @@
+// Every head at a glance: one thumbnail per head, all on the same colour scale.
+
+const THUMB = 64;  // blocks per side at most
+/** @type {Map<string, Plane>} */
+const thumbs = new Map();
+/** @type {HTMLElement[]} */
+const headButtons = [];
+
+/** What heads can be ordered by; a statistic that no layer has is left out. */
+const STATISTICS = [
+  { id: "keys", order: "effective keys", format: (x) => `${number3(x)} keys` },
+  { id: "distance", order: "mean distance", format: (x) => `${number3(x)} away` },
+  { id: "special", order: "weight on special tokens", format: (x) => `${percent(x)} spec` },
+  { id: "first", order: "weight on the first token", format: (x) => `${percent(x)} first` },
+  { id: "sink", order: "weight on the sink", format: (x) => `${percent(x)} sink` },
+];
+
+/** @param {number} x */
+function percent(x) { return `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}%`; }
+
+/** The statistics that are worth showing: "first" repeats "special" where there are any. */
+function shownStatistics() {
+  const has = (id) => page.layers.some((layer) => layer.statistics[id]);
+  return STATISTICS.filter(({ id }) => has(id) && !(id === "first" && has("special")));
+}
+
+/** @param {Layer} layer @param {number} head */
+function statisticTexts(layer, head) {
+  return shownStatistics().flatMap(({ id, format }) => {
+    const values = layer.statistics[id];
+    return values ? [{ id, text: format(values[head]) }] : [];
+  });
+}
+
+function buildHeads() {
+  const order = /** @type {HTMLSelectElement} */ (element("order"));
+  order.append(make("option", { value: "layer", textContent: "layer and head" }));
+  for (const { id, order: words } of shownStatistics()) {
+    order.append(make("option", { value: `-${id}`, textContent: `${words}, most first` }),
+      make("option", { value: `+${id}`, textContent: `${words}, least first` }));
+  }
+  order.addEventListener("change", orderHeads);
+  page.layers.forEach((layer, l) => {
+    for (let h = 0; h < layer.heads; h++) headButtons.push(headButton(layer, l, h));
+  });
+  orderHeads();
+  addEventListener("resize", soon(() => { if (sizeHeads()) paintHeads(); }));
+  element("heads-hint").textContent = headsHint();
+}
+
+/** @param {Layer} layer @param {number} l @param {number} h */
+function headButton(layer, l, h) {
+  const texts = statisticTexts(layer, h);
+  const button = make("button", { type: "button", className: "thumb" },
+    make("canvas", {}), make("b", { textContent: `L${l} H${h}` }),
+    ...texts.map(({ id, text }) => {
+      const line = make("span", { textContent: text });
+      line.dataset.statistic = id;
+      return line;
+    }));
+  button.dataset.layer = String(l);
+  button.dataset.head = String(h);
+  button.title = `L${l} H${h}: ${texts.map(({ text }) => text).join(", ")}\n${layer.name}`;
+  button.setAttribute("aria-label",
+    `Layer ${l} head ${h}: ${texts.map(({ text }) => text).join(", ")}`);
+  button.addEventListener("click", () => select({ layer: l, head: h }));
+  return button;
+}
+
+function headsHint() {
+  const names = {
+    keys: "“keys” is exp(entropy), the effective number of keys a query uses",
+    distance: "“away” is the mean distance |i − j|",
+    special: "“spec” is the weight on tokens the tokenizer added",
+    first: "“first” is the weight on the first token",
+    sink: "“sink” is the weight on a learned sink, which has no token",
+  };
+  const baked = page.layers.find((layer) => layer.planes);
+  const said = shownStatistics().map(({ id }) => names[id]).join("; ");
+  const block = baked && Math.ceil(Math.max(baked.n, baked.m) / THUMB);
+  return `${said}; each averaged over the queries.`
+    + (block ? ` Each thumbnail dot is the mean over about ${block} × ${block} cells.` : "");
+}
+
+function orderHeads() {
+  const order = /** @type {HTMLSelectElement} */ (element("order")).value, grid = element("heads");
+  const id = order.slice(1), sign = order[0] === "-" ? -1 : 1;
+  const value = (button) => {
+    const values = page.layers[Number(button.dataset.layer)].statistics[id];
+    return values ? sign * values[Number(button.dataset.head)] : Infinity;
+  };
+  const sorted = [...headButtons];
+  if (order !== "layer") sorted.sort((a, b) => value(a) - value(b));
+  grid.replaceChildren(...sorted);
+  grid.dataset.order = order === "layer" ? "" : id;
+  for (const line of grid.querySelectorAll("span")) {
+    line.classList.toggle("leading", line.dataset.statistic === id && order !== "layer");
+  }
+  if (sizeHeads()) paintHeads();
+}
+
+/** One column per head of the widest layer, so that a row is a layer.
+ * Says whether any size changed: a canvas that is fitted again is blank. */
+function sizeHeads() {
+  const grid = element("heads"), widest = Math.max(...page.layers.map((layer) => layer.heads));
+  const room = grid.clientWidth - 8, roomy = Math.floor((room + 6) / widest) - 6;
+  // Too narrow for a caption: thumbnails alone, and the numbers in the tooltip.
+  const bare = widest > 1 && roomy < 50;
+  const column = bare ? Math.max(16, Math.floor((room + 1) / widest) - 1) : Math.min(120, roomy);
+  const size = column - 8;
+  grid.classList.toggle("bare", bare);
+  grid.style.gridTemplateColumns = `repeat(${widest}, ${column}px)`;
+  const ratio = window.devicePixelRatio || 1;
+  if (thumbSize.size === size && thumbSize.ratio === ratio) return false;
+  Object.assign(thumbSize, { size, ratio });
+  for (const button of headButtons) {
+    fit(/** @type {HTMLCanvasElement} */ (button.firstChild), size, size);
+  }
+  return true;
+}
+const thumbSize = { size: 0, ratio: 0 };
+
+/** @param {number} l @param {number} h */
+function thumbPlane(l, h) {
+  const known = thumbs.get(`${l} ${h}`);
+  if (known) return known;
+  const layer = page.layers[l];
+  const whole = layer.planes ? bakedPlane(layer, h, "mean", page.array)
+    : cells(layer, h, { top: 0, left: 0, rows: layer.n, columns: layer.m });
+  const plane = pool(whole, Math.ceil(Math.max(whole.rows, whole.columns) / THUMB), "mean");
+  thumbs.set(`${l} ${h}`, plane);
+  return plane;
+}
+
+let painting = 0;
+/** Paint all thumbnails, a few at a time, so that the page answers meanwhile. */
+function paintHeads() {
+  const round = ++painting, left = [...element("heads").children];
+  const some = () => {
+    const until = performance.now() + 14;
+    while (left.length && performance.now() < until) {
+      const button = /** @type {HTMLElement} */ (left.shift());
+      const canvas = /** @type {HTMLCanvasElement} */ (button.firstChild);
+      const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+      const plane = thumbPlane(Number(button.dataset.layer), Number(button.dataset.head));
+      const box = { width: thumbSize.size, height: thumbSize.size };
+      context.putImageData(planeImage(context, plane, box), 0, 0);
+    }
+    if (round === painting && left.length) setTimeout(some, 0);
+    else if (round === painting) element("heads").dataset.painted = "all";
+  };
+  some();
+}
+
+function markHead() {
+  for (const button of headButtons) {
+    const here = Number(button.dataset.layer) === state.layer
+      && Number(button.dataset.head) === state.head;
+    button.setAttribute("aria-pressed", String(here));
+  }
+}

@@ -1,0 +1,259 @@
+// The page: one selection (layer, head, query i, key j) that every panel shows, and its controls.
+
+const raw = JSON.parse(element("data").textContent || "");
+/** @type {Map<number, any>} */
+const unpacked = new Map();
+const page = {
+  ...raw,
+  /** An array of the page by index, unpacked when first used. @param {number | null} index */
+  array(index) {
+    if (index === null) return null;
+    if (!unpacked.has(index)) unpacked.set(index, unpack(raw.arrays[index]));
+    return unpacked.get(index);
+  },
+};
+/** @type {Layer[]} */
+page.layers = raw.layers.map((layer) => openLayer(layer, page.array));
+
+/** The whole state of the page. corner: where the near view is; allKeys: of the worked table. */
+const state = {
+  layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift",
+  /** @type {{top: number, left: number} | null} */ corner: null, allKeys: false,
+};
+
+// log2(lift) from 1/16 of uniform to the largest lift that the longest row allows, at most 256.
+const longestRow = Math.max(...page.layers.map((layer) => layer.m));
+const liftRange = { low: -4, high: Math.min(8, Math.max(3, Math.ceil(Math.log2(longestRow)))) };
+
+/** @param {number} at @param {number} length */
+function tokenLabel(at, length) {
+  return hasLabels(length) ? page.tokens.labels[at] : `#${at}`;
+}
+/** A token with its position. @param {number} at @param {number} length */
+function tokenName(at, length) {
+  return hasLabels(length) ? `${page.tokens.labels[at]} (${at})` : `#${at}`;
+}
+/** Whether an axis of this length has tokens. @param {number} length */
+function hasLabels(length) { return page.tokens.labels.length === length; }
+/** @param {number} at @param {number} length */
+function isJoined(at, length) {
+  return hasLabels(length) && page.tokens.joined[at];
+}
+
+let waiting = false, passing = false;
+/** Change the selection; panels are drawn once per frame.
+ * @param {Partial<typeof state>} change
+ * @param {boolean} hover the pointer may move on at once, so the worked table waits for it to rest
+ */
+function select(change, hover = false) {
+  Object.assign(state, change);
+  passing = hover;
+  const clamp = (x, count) => Math.max(0, Math.min(count - 1, Math.trunc(x) || 0));
+  state.layer = clamp(state.layer, page.layers.length);
+  const layer = page.layers[state.layer];
+  state.head = clamp(state.head, layer.heads);
+  state.i = clamp(state.i, layer.n);
+  state.j = clamp(state.j, layer.m);
+  if (!waiting) requestAnimationFrame(() => { waiting = false; draw(); });
+  waiting = true;
+}
+
+function draw() {
+  drawBar();
+  markHead();
+  drawMap();
+  drawTokens();
+  if (passing) drawWorkedSoon();
+  else drawWorked();
+  writeHash();
+  document.body.dataset.state = JSON.stringify({ ...state, corner: undefined });
+}
+
+function drawBar() {
+  const layer = page.layers[state.layer];
+  const heads = /** @type {HTMLSelectElement} */ (element("head"));
+  if (heads.length !== layer.heads) {
+    heads.replaceChildren(...Array.from({ length: layer.heads }, (_, h) =>
+      make("option", { value: String(h), textContent: String(h) })));
+  }
+  const values = { layer: state.layer, head: state.head, query: state.i, key: state.j };
+  for (const [id, value] of Object.entries(values)) {
+    const control = /** @type {HTMLInputElement} */ (element(id));
+    control.value = String(value);
+    if (id === "query") control.max = String(layer.n - 1);
+    if (id === "key") control.max = String(layer.m - 1);
+  }
+  element("query-token").textContent = tokenLabel(state.i, layer.n);
+  element("key-token").textContent = tokenLabel(state.j, layer.m);
+  element("readout").textContent = weightWords(layer, state.head, state.i, state.j);
+  const pin = element("pin");
+  pin.setAttribute("aria-pressed", String(state.pinned));
+  pin.textContent = state.pinned ? "Unpin (Esc)" : "Pin (p)";
+}
+
+function drawLegend() {
+  const { low, high } = liftRange, canvas = document.createElement("canvas"), width = 220;
+  const context = fit(canvas, width, 12);
+  for (let x = 0; x < width; x++) {
+    context.fillStyle = css(rampColour(x / (width - 1)));
+    context.fillRect(x, 0, 1, 12);
+  }
+  const middle = state.scale === "lift" ? -low / (high - low) : 0.5;
+  const words = state.scale === "lift" ? ["≤ 1/16", "uniform", `≥ ${2 ** high}× uniform`]
+    : ["weight 0", "0.5", "1"];
+  const labels = words.map((textContent, at) => {
+    const label = make("span", { textContent });
+    label.style.left = `${100 * [0, middle, 1][at]}%`;
+    return label;
+  });
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `Colour scale from ${words[0]} to ${words[2]}`);
+  const masked = page.layers.some((layer) => layer.spans || layer.bits);
+  element("legend").replaceChildren(
+    make("div", { className: "ramp" }, canvas, make("div", { className: "ticks" }, ...labels)),
+    ...(masked ? [make("span", { className: "swatch masked" }), "masked"] : []));
+}
+
+function writeHeader() {
+  const { layers, tokens, notes, change, pooling, dtype, precision } = page, first = layers[0];
+  element("title").textContent = page.title;
+  const heads = [...new Set(layers.map((layer) => layer.heads))].join(" or ");
+  const shown = tokens.labels.length || first.m;
+  const facts = [`${layers.length} ${layers.length === 1 ? "layer" : "layers"} × ${heads} heads`,
+    shown < tokens.total ? `${shown} of ${tokens.total} tokens` : `${shown} tokens`,
+    `${first.d} numbers per query and key`];
+  if (pooling) facts.push(`the model’s sentence vector is ${pooling}`);
+  element("facts").textContent = facts.join(" · ");
+  element("proof").textContent = change === null ? "No model ran here: these are arrays."
+    : change === 0
+      ? "The model’s output was bit-identical with and without this capture (both were run)."
+      : `The model’s output changed by at most ${number(change)} under this capture `
+        + "(both were run).";
+  if (change !== null) element("proof").dataset.change = String(change);
+  const all = [...notes];
+  if (precision.weightError !== null) {
+    all.push("Numbers in this page are rounded to float16; the largest error of any weight is "
+      + `${number(precision.weightError)}.`);
+  }
+  if (layers.some((layer) => layer.planes)) {
+    all.push(`The whole maps are pooled in blocks of ${first.planes.size} × ${first.planes.size} `
+      + "cells; rows, columns and single cells are exact.");
+  }
+  element("notes").replaceChildren(...all.map((textContent) =>
+    make("p", { className: "note", textContent })));
+  element("made").textContent = `Made by regard look. The model computed in ${dtype}; this page `
+    + `carries ${precision.travels} and computes in double precision.`;
+}
+
+function writeHash() {
+  clearTimeout(writeHash.timer);
+  // Browsers refuse more than about 200 changes in 30 s, and a page inside a notebook (srcdoc)
+  // has no address of its own.
+  if (location.protocol === "about:") return;
+  writeHash.timer = setTimeout(() => {
+    const { layer, head, i, j, pinned, scale } = state;
+    const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`;
+    if (location.hash !== hash) history.replaceState(null, "", hash);
+  }, 200);
+}
+/** @type {any} */
+writeHash.timer = 0;
+
+function readHash() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  for (const name of ["layer", "head", "i", "j"]) {
+    if (given.has(name)) state[name] = Number(given.get(name));
+  }
+  state.pinned = given.get("pin") === "1";
+  state.scale = given.get("scale") === "weight" ? "weight" : "lift";
+  const radio = document.querySelector(`input[name="scale"][value="${state.scale}"]`);
+  if (radio instanceof HTMLInputElement) radio.checked = true;
+}
+
+/** Where a first look is best spent: the largest lift between two tokens three or more apart and
+ * not the tokenizer's own; in a long text, among those of its last token. */
+function firstSelection() {
+  const ordinary = (at, length) => !(hasLabels(length) && page.tokens.special[at]);
+  let most = -1;
+  page.layers.forEach((layer, l) => {
+    const rows = Array.from({ length: layer.n }, (_, i) => i).filter((i) => ordinary(i, layer.n));
+    for (const i of layer.n <= 64 ? rows : rows.slice(-1)) {
+      for (let h = 0; h < layer.heads; h++) {
+        const keys = visibleKeys(layer, h, i);
+        rowWeights(layer, h, i).forEach((weight, j) => {
+          const apart = Math.abs(i - j) >= 3 && ordinary(j, layer.m);
+          if (!apart || !(weight * keys > most)) return;
+          most = weight * keys;
+          Object.assign(state, { layer: l, head: h, i, j });
+        });
+      }
+    }
+  });
+}
+
+const STEPS = {
+  ArrowUp: () => ({ i: state.i - 1 }), ArrowDown: () => ({ i: state.i + 1 }),
+  ArrowLeft: () => ({ j: state.j - 1 }), ArrowRight: () => ({ j: state.j + 1 }),
+  "[": () => ({ head: state.head - 1 }), "]": () => ({ head: state.head + 1 }),
+  "{": () => ({ layer: state.layer - 1 }), "}": () => ({ layer: state.layer + 1 }),
+  p: () => ({ pinned: !state.pinned }), Enter: () => ({ pinned: true }),
+  Escape: () => ({ pinned: false }),
+};
+
+/** @param {KeyboardEvent} event */
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in STEPS)) return;
+  const target = /** @type {HTMLElement} */ (event.target);
+  if (event.key !== "Escape" && target.matches("input, select, summary")) return;
+  if (event.key === "Enter" && target.matches("button, a")) return;
+  event.preventDefault();
+  hideTip();
+  select(STEPS[/** @type {keyof typeof STEPS} */ (event.key)]());
+}
+
+/** A handler that runs once things have been quiet for a moment. @param {() => void} action */
+function soon(action) {
+  let timer = 0;
+  return () => { clearTimeout(timer); timer = setTimeout(action, 120); };
+}
+
+const drawWorkedSoon = soon(drawWorked);
+
+function repaint() {
+  drawLegend();
+  paintHeads();
+  draw();
+}
+
+function start() {
+  writeHeader();
+  firstSelection();
+  readHash();
+  const layers = /** @type {HTMLSelectElement} */ (element("layer"));
+  layers.append(...page.layers.map((layer, l) =>
+    make("option", { value: String(l), textContent: String(l), title: layer.name })));
+  const names = { layer: "layer", head: "head", query: "i", key: "j" };
+  for (const [id, name] of Object.entries(names)) {
+    element(id).addEventListener("change", (event) => {
+      const control = /** @type {HTMLInputElement} */ (event.target);
+      select({ [name]: Number(control.value) });
+    });
+  }
+  element("pin").addEventListener("click", () => select({ pinned: !state.pinned }));
+  for (const radio of document.querySelectorAll('input[name="scale"]')) {
+    radio.addEventListener("change", () => {
+      state.scale = /** @type {HTMLInputElement} */ (radio).value;
+      repaint();
+    });
+  }
+  addEventListener("keydown", onKey);
+  addEventListener("hashchange", () => { readHash(); select({}); });
+  dark.addEventListener("change", () => { tone = dark.matches ? "dark" : "light"; repaint(); });
+  drawLegend();
+  buildHeads();
+  buildMap();
+  buildWorked();
+  select({});
+}
+
+start();

@@ -1,0 +1,325 @@
+"""A scene as the numbers that travel inside the page.
+
+Query, key, value, the model's own head outputs and logsumexp travel, all of length n; the page
+computes weights from them. The n x n weights never travel: above `POOLED_ABOVE` tokens the whole
+map is two pooled planes per head, computed here in tiles.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import hashlib
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.errors import ShapeError
+from regard.look.record import Captured
+from regard.look.scene import Scene
+from regard.matrix import Attention
+
+SINGLE_BYTES = 16 * 2**20  # up to here float32 travels, beyond it float16
+PAGE_BYTES = 64 * 2**20  # browsers open larger pages, but slowly, and mail does not carry them
+POOLED_ABOVE = 1024
+_PLANE_CELLS = 160  # a plane has at most this many blocks per side
+_ROWS = 256  # rows per tile where weights are compared
+
+
+@dataclass
+class Store:
+    """Typed arrays as base64; equal arrays (a mask shared by all layers) are kept once."""
+
+    arrays: list[dict[str, str]] = field(default_factory=list)
+    known: dict[str, int] = field(default_factory=dict)
+
+    def add(self, tensor: Tensor | None) -> int | None:
+        """The index of a tensor in the page, or None for None."""
+        if tensor is None:
+            return None
+        kinds = {torch.float32: "f4", torch.float16: "f2", torch.int32: "i4", torch.uint8: "u1"}
+        kind = kinds[tensor.dtype]
+        flat = tensor.detach().cpu().contiguous()
+        # Not tensor.numpy(): torch may be installed without NumPy.
+        raw = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.itemsize)
+        digest = hashlib.sha256(kind.encode() + raw).hexdigest()
+        if digest not in self.known:
+            self.known[digest] = len(self.arrays)
+            self.arrays.append({"type": kind, "data": base64.b64encode(raw).decode()})
+        return self.known[digest]
+
+
+def payload(scene: Scene) -> dict[str, Any]:
+    """Everything the page reads, ready for `json.dumps`.
+
+    Raises ShapeError if the page would be larger than `PAGE_BYTES`, naming what would fit.
+    """
+    assert sys.byteorder == "little", "typed arrays in a page are little-endian"
+    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call))
+    dtype = torch.float32 if 4 * numbers <= SINGLE_BYTES else torch.float16
+    _check_size(scene, numbers * dtype.itemsize)
+    store, worst = Store(), 0.0
+    layers = []
+    for call in scene.captured:
+        rounded = _rounded(call, dtype)
+        if dtype == torch.float16:
+            worst = max(worst, _weight_error(call, rounded))
+        layers.append(_layer(call, rounded, dtype, scene.tokens.special, store))
+    tokens = scene.tokens
+    return {
+        "title": scene.title,
+        "tokens": {
+            "labels": tokens.labels,
+            "joined": tokens.joined,
+            "special": tokens.special,
+            "total": tokens.total,
+        },
+        "change": scene.change,
+        "notes": scene.notes,
+        "pooling": scene.pooling,
+        "dtype": scene.dtype,
+        "precision": {
+            "travels": str(dtype).removeprefix("torch."),
+            "weightError": worst if dtype == torch.float16 else None,
+        },
+        "layers": layers,
+        "arrays": store.arrays,
+    }
+
+
+def _travelling(call: Captured) -> list[Tensor]:
+    tensors = [call.query, call.key, call.value, call.output, _bias(call)[1]]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _check_size(scene: Scene, size: int) -> None:
+    calls = scene.captured
+    pooled = sum(
+        2 * 2 * _PLANE_CELLS**2 * call.query.shape[1]
+        for call in calls
+        if _length(call) > POOLED_ABOVE
+    )
+    spent, allowed = (size + pooled) * 4 / 3, PAGE_BYTES
+    if spent <= allowed:
+        return
+    length = max(map(_length, calls))
+    layers = int(len(calls) * allowed / spent)
+    ways = [f"--tokens {_tokens_that_fit(size, pooled, length)}"]
+    if layers > 0:
+        ways.append(f"--layers {','.join(map(str, range(layers)))} (any {layers} of them)")
+    else:
+        one = _tokens_that_fit(size / len(calls), pooled / len(calls), length)
+        ways.append(f"--layers 0 --tokens {one} (any one layer)")
+    raise ShapeError(
+        f"the page would take about {spent / 2**20:.0f} MB for {len(calls)} layers of {length} "
+        f"tokens; the limit is {allowed / 2**20:.0f} MB. What would fit: {' or '.join(ways)}"
+    )
+
+
+def _tokens_that_fit(size: float, pooled: float, length: int) -> int:
+    """How many tokens fit if `length` take `size` bytes, with or without `pooled` planes."""
+    allowed = PAGE_BYTES * 3 / 4
+    plain = min(POOLED_ABOVE, int(length * allowed / size))
+    return max(1, plain, int(length * (allowed - pooled) / size))
+
+
+def _length(call: Captured) -> int:
+    return max(call.query.shape[2], call.key.shape[2])
+
+
+def _rounded(call: Captured, dtype: torch.dtype) -> Captured:
+    """The call with the numbers that travel, so that the page's rows sum to 1 exactly."""
+    if dtype == torch.float32:
+        return call
+    largest = max(float(tensor.abs().max()) for tensor in _travelling(call))
+    if largest > torch.finfo(dtype).max:
+        raise ShapeError(
+            f"layer '{call.name}' holds {largest:g}, which float16 cannot; look at fewer tokens "
+            "or layers, so that the page may keep float32"
+        )
+
+    def through(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype).float()
+
+    query, key = call.query.to(dtype).float(), call.key.to(dtype).float()
+    return replace(
+        call,
+        query=query,
+        key=key,
+        value=through(call.value),
+        bias=through(call.bias),
+        output=through(call.output),
+    )
+
+
+def _weight_error(call: Captured, rounded: Captured) -> float:
+    """The largest difference that rounding makes to any weight, over all rows and heads."""
+    exact, near = call.matrix, rounded.matrix
+    worst = 0.0
+    for start in range(0, call.query.shape[2], _ROWS):
+        rows = slice(start, start + _ROWS)
+        worst = max(worst, float((_weights(exact, rows) - _weights(near, rows)).abs().max()))
+    return worst
+
+
+def _weights(matrix: Attention, rows: slice) -> Tensor:
+    taken = matrix[..., rows, :]
+    # A slice that takes every row is still the lazy matrix.
+    return taken if isinstance(taken, Tensor) else taken.dense()
+
+
+def _layer(
+    call: Captured, rounded: Captured, dtype: torch.dtype, special: Sequence[bool], store: Store
+) -> dict[str, Any]:
+    _, heads, n, d = call.query.shape
+    kv_heads, m = call.key.shape[1:3]
+    toeplitz, bias = _bias(rounded)
+    spans, bits = _visible(call)
+
+    def kept(tensor: Tensor | None) -> int | None:
+        return store.add(None if tensor is None else tensor.to(dtype))
+
+    return {
+        "name": call.name,
+        "route": call.route,
+        "heads": heads,
+        "kvHeads": kv_heads,
+        "n": n,
+        "m": m,
+        "d": d,
+        "e": 0 if call.value is None else call.value.shape[-1],
+        "scale": call.scale,
+        "softcap": call.softcap,
+        "causal": call.causal,
+        "query": kept(call.query),
+        "key": kept(call.key),
+        "value": kept(call.value),
+        "output": kept(call.output),
+        "logsumexp": store.add(rounded.matrix.logsumexp().float()),
+        "sinks": store.add(call.sinks),
+        "spans": store.add(spans),
+        "bits": store.add(bits),
+        "bias": kept(bias),
+        "biasToeplitz": toeplitz,
+        "statistics": _statistics(call, special),
+        "planes": _planes(call, store) if _length(call) > POOLED_ABOVE else None,
+    }
+
+
+def _bias(call: Captured) -> tuple[bool, Tensor | None]:
+    """The bias as [1 or heads, n, m], or, where it depends on j - i alone, as [.., n + m - 1].
+
+    A Toeplitz bias is its first column from the last row up, then its first row.
+    """
+    if call.bias is None:
+        return False, None
+    n, m = call.query.shape[2], call.key.shape[2]
+    bias = call.bias[0].expand(call.bias.shape[1], n, m)
+    if n > 1 and m > 1 and torch.equal(bias[:, 1:, 1:], bias[:, :-1, :-1]):
+        return True, torch.cat([bias[:, :, 0].flip(-1), bias[:, 0, 1:]], dim=-1)
+    return False, bias
+
+
+def _visible(call: Captured) -> tuple[Tensor | None, Tensor | None]:
+    """(spans, bits): [n, 2] first and last + 1 visible key per row, or packed bits, or neither."""
+    n, m = call.query.shape[2], call.key.shape[2]
+    if call.mask is None:
+        if not call.causal:
+            return None, None
+        stop = torch.arange(1, n + 1, dtype=torch.int32).clamp(max=m)
+        return torch.stack([torch.zeros_like(stop), stop], dim=-1), None
+    keep = _keep(call)
+    if keep.shape[0] == 1 or bool((keep == keep[:1]).all()):
+        only = keep[0].to(torch.uint8)
+        count = only.sum(-1, dtype=torch.int32)
+        first = only.argmax(-1).to(torch.int32)
+        stop = m - only.flip(-1).argmax(-1).to(torch.int32)
+        if bool(((stop - first == count) | (count == 0)).all()):
+            stop = torch.where(count == 0, first, stop)
+            return torch.stack([first, stop], dim=-1), None
+        keep = keep[:1]
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -m % 8))
+    powers = 2 ** torch.arange(8, dtype=torch.uint8)
+    return None, (padded.reshape(*padded.shape[:-1], -1, 8) * powers).sum(-1, dtype=torch.uint8)
+
+
+def _keep(call: Captured) -> Tensor:
+    """Mask and causal triangle together, boolean [1 or heads, n, m]; the call has a mask."""
+    assert call.mask is not None
+    n, m = call.query.shape[2], call.key.shape[2]
+    keep = call.mask[0].expand(call.mask.shape[1], n, m)
+    return keep & (torch.arange(m) <= torch.arange(n)[:, None]) if call.causal else keep
+
+
+def _statistics(call: Captured, special: Sequence[bool]) -> dict[str, list[float] | None]:
+    """Per head, averaged over the rows that see any key.
+
+    keys: exp(entropy), the effective number of keys;  distance: mean |i - j|
+    first: mass on key 0;  special: mass on the tokenizer's own tokens, or None without any
+    sink: mass on a learned sink that has no token, or None without one
+    """
+    matrix = call.matrix
+    rows = matrix.logsumexp()[0].isfinite()  # [heads, n]
+    count = rows.sum(-1).clamp(min=1)
+
+    def mean(per_row: Tensor) -> list[float]:
+        kept = torch.where(rows, per_row, 0)
+        return [float(x) for x in kept.sum(-1) / count]
+
+    received = matrix.received()[0]  # [heads, m]
+    marked = torch.tensor(list(special), dtype=torch.bool)
+    on_special = None
+    if marked.any() and len(marked) == received.shape[-1]:
+        on_special = [float(x) for x in received[:, marked].sum(-1) / count]
+    return {
+        "keys": mean(matrix.entropy()[0].exp()),
+        "distance": mean(matrix.distance()[0]),
+        "first": [float(x) for x in received[:, 0] / count],
+        "special": on_special,
+        "sink": None if call.sinks is None else [float(x) for x in 1 - received.sum(-1) / count],
+    }
+
+
+def _planes(call: Captured, store: Store) -> dict[str, Any]:
+    """The whole map in blocks: mean weight per visible cell, and largest weight.
+
+    float16 keeps three digits of a mean; weights below 6e-8 become 0, a lift of 2e-4 at 4096.
+    """
+    size = 8 * math.ceil(_length(call) / _PLANE_CELLS / 8)
+    matrix = call.matrix
+    share = _visible_share(call, size)  # [1 or heads, rows, columns]
+    mean = matrix.pool(size, reduce="mean")[0] / share
+    largest = torch.where(share > 0, matrix.pool(size, reduce="max")[0], torch.nan)
+    return {
+        "size": size,
+        "rows": mean.shape[-2],
+        "columns": mean.shape[-1],
+        "mean": store.add(mean.half()),
+        "max": store.add(largest.half()),
+    }
+
+
+def _visible_share(call: Captured, size: int) -> Tensor:
+    """The share of each block's cells that the mask lets be seen."""
+    n, m = call.query.shape[2], call.key.shape[2]
+    starts = torch.arange(0, m, size)
+    stops: Tensor = (starts + size).clamp(max=m)
+    spans, bits = _visible(call)
+    if bits is not None:
+        sums = torch.nn.functional.pad(_keep(call).int().cumsum(-1), (1, 0))
+        seen = sums[..., stops] - sums[..., starts]  # [1 or heads, n, columns]
+    elif spans is None:
+        return torch.ones(1, math.ceil(n / size), len(starts))
+    else:
+        first, stop = spans[:, :1], spans[:, 1:]
+        seen = (torch.minimum(stop, stops) - torch.maximum(first, starts)).clamp(min=0)[None]
+    rows = torch.nn.functional.pad(seen.float(), (0, 0, 0, -n % size))
+    total = rows.reshape(rows.shape[0], -1, size, rows.shape[-1]).sum(2)
+    heights = torch.full((total.shape[1], 1), float(size))
+    heights[-1] = n - size * (total.shape[1] - 1)
+    return total / (heights * (stops - starts))

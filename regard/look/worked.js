@@ -1,0 +1,243 @@
+// One output b^i from q_i to the weighted sum, with the model's numbers, and the check at its end.
+
+const ALL_UP_TO = 16;   // up to so many keys, all of them are written down
+const ROWS_AT_MOST = 512;
+/** Which key's products are written out. @type {number | null} */
+let opened = null;
+
+function buildWorked() {
+  element("all-keys").addEventListener("click", () => {
+    state.allKeys = !state.allKeys;
+    drawWorked();
+  });
+}
+
+function drawWorked() {
+  const layer = page.layers[state.layer], { head, i } = state;
+  const result = work(layer, head, i), keys = listedKeys(layer, result);
+  const button = element("all-keys");
+  button.hidden = layer.m <= ALL_UP_TO;
+  button.setAttribute("aria-pressed", String(state.allKeys));
+  button.textContent = state.allKeys ? "Show only the largest weights"
+    : `Show ${layer.m > ROWS_AT_MOST ? `the ${ROWS_AT_MOST} largest` : `all ${layer.m} keys`}`;
+  element("worked-title").textContent =
+    `One output, worked: b of ${tokenName(i, layer.n)}`;
+  element("worked").replaceChildren(
+    make("p", { className: "formula" }, formula(layer)),
+    queryLine(layer, head, i),
+    make("div", { className: "scroll" }, workedTable(layer, head, i, result, keys)),
+    ...outputLines(layer, head, i, result));
+}
+
+/** @param {Layer} layer */
+function formula(layer) {
+  const inner = `${number(layer.scale)} · q·k`;
+  const logit = (layer.softcap ? `${layer.softcap} tanh(${inner} / ${layer.softcap})` : inner)
+    + (layer.bias ? " + bias" : "");
+  const sink = layer.sinks ? " + exp(sink)" : "";
+  return `b = Σⱼ α′ⱼ vⱼ,   α′ⱼ = exp(lⱼ) / (Σ exp(l)${sink}),   lⱼ = ${logit}`;
+}
+
+/** The keys that get a line: all of a short text, else the largest weights and the chosen key.
+ * @param {Layer} layer @param {any} result */
+function listedKeys(layer, result) {
+  const all = Array.from({ length: layer.m }, (_, j) => j);
+  if (layer.m <= ALL_UP_TO) return all;
+  if (state.allKeys && layer.m <= ROWS_AT_MOST) return all;
+  const best = all.filter((j) => result.logits[j] > -Infinity)
+    .sort((a, b) => result.weights[b] - result.weights[a])
+    .slice(0, state.allKeys ? ROWS_AT_MOST : 10);
+  return best.includes(state.j) ? best : [...best, state.j];
+}
+
+/** @param {Layer} layer @param {number} head @param {number} i */
+function queryLine(layer, head, i) {
+  const query = vector(layer.query, head, layer.n, layer.d, i);
+  return make("p", { className: "vector" },
+    make("span", { className: "what", textContent: `q of ${tokenLabel(i, layer.n)}` }),
+    strip(query, largestOf(query), "q"),
+    make("span", { className: "hint",
+      textContent: `${layer.d} numbers, ${signedRange(query)}` }));
+}
+
+/** @param {ArrayLike<number>} numbers */
+function signedRange(numbers) {
+  const all = Array.from(numbers);
+  return `from ${number(Math.min(...all))} to ${number(Math.max(...all))}`;
+}
+
+/** The columns of the table, left to right the steps of the computation.
+ * @param {Layer} layer @param {number} head @param {number} i @param {any} result
+ * @param {number[]} keys */
+function columns(layer, head, i, result, keys) {
+  const key = (j) => vector(layer.key, keyHead(layer, head), layer.m, layer.d, j);
+  const scale = keys.reduce((most, j) => Math.max(most, largestOf(key(j))), 0);
+  const seen = (j) => isVisible(layer, head, i, j);
+  /** @type {any[]} */
+  const list = [];
+  const step = (title, words, cell, more = {}) => list.push({ title, words, cell, ...more });
+  step("key j", "token", (j) => tokenName(j, layer.m), { className: "name" });
+  step("kⱼ", `${layer.d} numbers, ±${number(scale)}`, (j) => strip(key(j), scale, "k"));
+  step("αⱼ = q · kⱼ", `open for the ${layer.d} products`, (j) => dotButton(j, result.dots[j]));
+  step(`× ${number(layer.scale)}`,
+    layer.softcap ? `scale, then cap at ${layer.softcap}` : "scale",
+    (j) => number(result.scores[j]));
+  if (layer.bias) step("+ bias", "of this pair", (j) => number(biasAt(layer, head, i, j)));
+  if (layer.spans || layer.bits) {
+    step("mask", "may q see k?",
+      (j) => (seen(j) ? "visible" : maskWords(layer, i, j).split(" ").pop()));
+  }
+  step(`exp(lⱼ − ${number(result.peak)})`, "the largest l taken off",
+    (j) => number(result.exponentials[j]), { isExp: true });
+  step(`÷ ${number(result.sum)} = α′ⱼ`, "softmax: sums to 1", (j) => weightCell(result.weights[j]));
+  if (layer.value && result.output) {
+    const values = layer.value, width = layer.e;
+    const mixed = (j) => Array.from(
+      vector(values, keyHead(layer, head), layer.m, width, j), (x) => x * result.weights[j]);
+    const most = keys.reduce((m, j) => Math.max(m, largestOf(mixed(j))), largestOf(result.output));
+    step("α′ⱼ vⱼ", `weighted value, ±${number(most)}`, (j) => strip(mixed(j), most, "α′v"));
+  }
+  return list;
+}
+
+/** @param {number} weight */
+function weightCell(weight) {
+  const bar = make("i", {});
+  bar.style.width = `${Math.round(60 * weight)}px`;
+  return make("span", { className: "weight" }, number(weight), bar);
+}
+
+/** @param {number} j @param {number} dot */
+function dotButton(j, dot) {
+  const button = make("button", { type: "button", className: "dot", textContent: number(dot) });
+  button.setAttribute("aria-expanded", String(opened === j));
+  button.setAttribute("aria-label", `${number(dot)}: show the products`);
+  button.addEventListener("click", () => {
+    opened = opened === j ? null : j;
+    drawWorked();
+    const again = document.querySelector(`#worked tr[data-key="${j}"] .dot`);
+    if (again instanceof HTMLElement) again.focus();
+  });
+  return button;
+}
+
+/** @param {Layer} layer @param {number} head @param {number} i @param {any} result
+ * @param {number[]} keys */
+function workedTable(layer, head, i, result, keys) {
+  const steps = columns(layer, head, i, result, keys), body = make("tbody");
+  for (const j of keys) {
+    const line = make("tr", {}, ...steps.map(({ cell, className }) =>
+      make("td", { className: className || "" }, cell(j))));
+    line.dataset.key = String(j);
+    line.classList.toggle("masked", !isVisible(layer, head, i, j));
+    line.classList.toggle("chosen", j === state.j);
+    line.addEventListener("click", (event) => {
+      if (!(event.target instanceof HTMLButtonElement)) select({ j, pinned: true });
+    });
+    body.append(line);
+    if (opened === j) {
+      body.append(make("tr", { className: "products" },
+        make("td", { colSpan: steps.length }, ...products(layer, head, i, j, result.dots[j]))));
+    }
+  }
+  const before = steps.findIndex(({ isExp }) => isExp);
+  const note = (name, exponential, weight, last) => body.append(make("tr", { className: "total" },
+    make("td", { colSpan: before, textContent: name }),
+    make("td", { textContent: number(exponential) }), make("td", {}, weightCell(weight)),
+    ...(layer.value ? [make("td", {}, last)] : [])));
+  if (keys.length < layer.m) {
+    const listed = new Set(keys);
+    const rest = (numbers) => numbers.reduce((sum, x, j) => (listed.has(j) ? sum : sum + x), 0);
+    note(`the other ${layer.m - keys.length} keys together`, rest(result.exponentials),
+      rest(result.weights), "included in the sum");
+  }
+  const share = result.sum > 0 ? result.sink / result.sum : 0;
+  if (layer.sinks) note("sink, which has no key and no value", result.sink, share, "nothing");
+  const weights = result.weights.reduce((sum, x) => sum + x, 0) + share;
+  note(result.sum > 0 ? "sum" : "sum: no key is visible, so the output is 0", result.sum, weights,
+    result.output ? strip(result.output, largestOf(result.output), "b") : "");
+  const titles = steps.map((step) =>
+    make("th", { scope: "col" }, step.title, make("small", { textContent: step.words })));
+  return make("table", {}, make("thead", {}, make("tr", {}, ...titles)), body);
+}
+
+/** The d products of q_i and k_j, and their sum.
+ * @param {Layer} layer @param {number} head @param {number} i @param {number} j
+ * @param {number} dot */
+function products(layer, head, i, j, dot) {
+  const query = vector(layer.query, head, layer.n, layer.d, i);
+  const key = vector(layer.key, keyHead(layer, head), layer.m, layer.d, j);
+  const each = Array.from(query, (x, c) => x * key[c]);
+  const line = (name, numbers) => make("p", { className: "vector" },
+    make("span", { className: "what", textContent: name }),
+    strip(numbers, largestOf(numbers), name), make("span", { className: "hint",
+      textContent: signedRange(numbers) }));
+  return [line("q", query), line("k", key), line("q × k", each),
+    make("p", { className: "sum" }, ...each.map((x, c) => make("span", {
+      textContent: `${c && x >= 0 ? "+" : ""}${number(x)} `,
+      title: `${number(query[c])} × ${number(key[c])}` })),
+    make("b", { textContent: `= ${number(dot)}` }))];
+}
+
+/** b^i, the model's own vector, and whether they are equal.
+ * @param {Layer} layer @param {number} head @param {number} i @param {any} result */
+function outputLines(layer, head, i, result) {
+  if (!result.output) {
+    return [check("none", "No check: the file has no value, so there is no output to compare.")];
+  }
+  const most = largestOf(result.output);
+  const line = (name, numbers, words) => make("p", { className: "vector" },
+    make("span", { className: "what", textContent: name }), strip(numbers, most, name),
+    make("span", { className: "hint", textContent: words }));
+  const lines = [line("b", result.output, `${layer.e} numbers, ${signedRange(result.output)}`)];
+  if (!layer.output) {
+    return [...lines, check("none",
+      layer.route === "arrays" ? "No check: arrays hold no output of a model."
+        : "No check: the model never held this head's output as one tensor.")];
+  }
+  const own = vector(layer.output, head, layer.n, layer.e, i);
+  const difference = own.reduce(
+    (worst, x, c) => Math.max(worst, Math.abs(x - result.output[c])), 0);
+  lines.push(line("model", own, "what the model computed here itself"));
+  return [...lines, checkLine(layer, head, i, result, difference)];
+}
+
+/** Equal means: no further apart than rounding explains, with a factor of 4 to spare. Rounding
+ * every q and k by a relative error u moves a dot product by about u times the root of the sum of
+ * its squared products, once for each of the two; rounding a logit l moves it by u |l|; moving
+ * logits by x moves the output by about x times the weighted mean of |v|.
+ * @param {Layer} layer @param {number} head @param {number} i @param {any} result
+ * @param {number} difference */
+function checkLine(layer, head, i, result, difference) {
+  const own = UNITS[page.dtype], unit = Math.max(own, UNITS[page.precision.travels]);
+  const query = vector(layer.query, head, layer.n, layer.d, i);
+  const width = layer.e, all = /** @type {Float32Array} */ (layer.value);
+  let peak = 0, spread = 0, values = 0;
+  for (let j = 0; j < layer.m; j++) {
+    if (!(result.weights[j] > 0)) continue;
+    const key = vector(layer.key, keyHead(layer, head), layer.m, layer.d, j);
+    const squares = query.reduce((sum, x, c) => sum + (x * key[c]) ** 2, 0);
+    spread += result.weights[j] * Math.sqrt(squares) * Math.abs(layer.scale);
+    values += result.weights[j] * largestOf(vector(all, keyHead(layer, head), layer.m, width, j));
+    peak = Math.max(peak, Math.abs(result.logits[j]));
+  }
+  const allowed = 4 * values * (unit * (1 + 2 * spread) + own * peak);
+  const rounding = unit === UNITS.float32 ? "" : `; ${unit === UNITS.bfloat16 ? "bfloat16"
+    : "float16"} numbers explain up to ${number(allowed)}`;
+  const words = difference <= allowed
+    ? `equals the model’s own output, largest difference ${number(difference)}${rounding}`
+    : `DIFFERS from the model’s own output: largest difference ${number(difference)}, while `
+      + `rounding explains ${number(allowed)}. Do not trust this page for this layer.`;
+  const node = check(difference <= allowed ? "good" : "bad", words);
+  node.dataset.difference = String(difference);
+  return node;
+}
+const UNITS = { float64: 2 ** -24, float32: 2 ** -24, float16: 2 ** -11, bfloat16: 2 ** -8 };
+
+/** @param {string} kind @param {string} words */
+function check(kind, words) {
+  const sign = { good: "✓", bad: "✗", none: "–" }[kind];
+  const mark = make("b", { textContent: `${sign} ` });
+  const node = make("p", { className: `check ${kind}`, id: "check" }, mark, words);
+  return node;
+}
