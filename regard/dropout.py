@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from regard import errors
 from regard.part import Part
 
 
@@ -35,6 +36,8 @@ class Dropout(Part):
     seed: int = field(default_factory=_draw_seed)
 
     def __post_init__(self) -> None:
+        errors.check_number("a dropout probability", self.probability)
+        errors.check_number("a dropout seed", self.seed, whole=True)
         if not 0 <= self.probability < 1:
             raise ValueError(f"a dropout probability is in [0, 1), not {self.probability}.")
         if not 0 <= self.seed < 2**63:

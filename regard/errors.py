@@ -63,23 +63,48 @@ def show(shape: Sequence[int]) -> str:
     return str(tuple(shape))
 
 
-def check_tensor(name: str, tensor: object, *, dims: int = 2) -> None:
+def check_number(
+    name: str, number: object, *, whole: bool = False, least: float | None = None
+) -> None:
+    """Raise unless `number` is a plain number: a whole one, and not below `least`, if so asked.
+
+    >>> check_number("topk's k", 2.5, whole=True)
+    Traceback (most recent call last):
+    regard.errors.DtypeError: topk's k must be a whole number, not 2.5.
+    """
+    kinds = (int,) if whole else (int, float)
+    if isinstance(number, bool) or not isinstance(number, kinds):
+        wanted = "a whole number" if whole else "a number"
+        raise DtypeError(f"{name} must be {wanted}, not {number!r}.")
+    if least is not None and not number >= least:
+        raise ValueError(f"{name} must be at least {least}, not {number!r}.")
+
+
+def check_scale(name: str, scale: object) -> None:
+    """Raise unless a scale is a number or a floating point tensor that fits [*batch, heads]."""
+    if isinstance(scale, Tensor):
+        check_tensor(name, scale, shape="[heads]", dims=0)
+    else:
+        check_number(name, scale)
+
+
+OPERAND = "[*batch, heads, length, width], or [length, width] for a single head"
+
+
+def check_tensor(name: str, tensor: object, *, shape: str = OPERAND, dims: int = 2) -> None:
     """Raise unless `tensor` is a floating point tensor with at least `dims` axes."""
     if not isinstance(tensor, Tensor):
         raise DtypeError(
             f"{name} must be a torch.Tensor, not {type(tensor).__name__}; "
-            f"torch.as_tensor({name}) makes one."
+            "torch.as_tensor(...) makes one."
         )
     if not tensor.is_floating_point():
         raise DtypeError(
             f"{name} has dtype {tensor.dtype}; attention needs a floating point dtype: "
-            f"{name}.float() makes one."
+            ".float() makes one."
         )
     if tensor.dim() < dims:
-        raise ShapeError(
-            f"{name} has shape {show(tensor.shape)}; it must be [*batch, heads, length, width], "
-            "or [length, width] for a single head."
-        )
+        raise ShapeError(f"{name} has shape {show(tensor.shape)}; it must be {shape}.")
 
 
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -122,7 +147,7 @@ def broadcast_batch(query: Tensor, key: Tensor) -> tuple[int, ...]:
     Heads are axis -3. Fewer key heads than query heads are groups: query head h reads key head
     h // (heads / key heads).
     """
-    heads, key_heads = _heads(query), _heads(key)
+    heads, key_heads = heads_of(query), heads_of(key)
     if not groups(heads, key_heads) and heads != 1:
         raise ShapeError(
             f"query has {heads} heads and key has {key_heads}; the number of query heads must be "
@@ -141,26 +166,29 @@ def broadcast_batch(query: Tensor, key: Tensor) -> tuple[int, ...]:
     return (*batch, max(heads, key_heads))
 
 
-def check_value(shape: Sequence[int], key: Tensor, value: Tensor) -> None:
-    """Raise unless a value of [*batch, key heads, key length, any width] can be mixed."""
+def check_factor(name: str, shape: Sequence[int], x: Tensor, key_heads: int) -> None:
+    """Raise unless a matrix of `shape` can be multiplied with x [*batch, key_heads, length, any].
+
+    x may also have all of the matrix's heads, or one for all of them.
+    """
     length = shape[-1]
-    if value.shape[-2] != length:
+    if x.shape[-2] != length:
         raise ShapeError(
-            f"the matrix has shape {show(shape)}, so value must have length {length} on axis -2, "
-            f"but it has shape {show(value.shape)}."
+            f"the matrix has shape {show(shape)}, so {name} must have length {length} on axis -2, "
+            f"but it has shape {show(x.shape)}."
         )
-    heads, key_heads = _heads(key), _heads(value)
-    total = shape[-3] if len(shape) > 2 else 1
-    if total != 1 and not groups(total, key_heads):
+    heads, total = heads_of(x), shape[-3] if len(shape) > 2 else 1
+    if total != 1 and heads not in (1, key_heads, total):
+        wanted = sorted({1, key_heads, total})
         raise ShapeError(
-            f"value has {key_heads} heads (axis -3 of {show(value.shape)}), key has {heads} and "
-            f"the matrix has {total}; give value as many heads as key."
+            f"{name} has {heads} heads (axis -3 of {show(x.shape)}), but the matrix has {total}; "
+            f"{name} must have {' or '.join(map(str, wanted))}."
         )
     try:
-        torch.broadcast_shapes(value.shape[:-3], shape[:-3])
+        torch.broadcast_shapes(x.shape[:-3], shape[:-3])
     except RuntimeError:
         raise ShapeError(
-            f"the batch axes of value {show(value.shape)} do not broadcast against the matrix "
+            f"the batch axes of {name} {show(x.shape)} do not broadcast against the matrix "
             f"{show(shape)}."
         ) from None
 
@@ -184,5 +212,6 @@ def groups(heads: int, key_heads: int) -> bool:
     return heads == key_heads or (key_heads > 0 and heads % key_heads == 0)
 
 
-def _heads(tensor: Tensor) -> int:
+def heads_of(tensor: Tensor) -> int:
+    """Heads are axis -3; a tensor without that axis is one head."""
     return tensor.shape[-3] if tensor.dim() > 2 else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ class Explanation:
     form: what `A @ value` runs; kernel: the code behind it
     pairs: visible (query, key) pairs over all batch entries and heads
     flops: of the forward product; bytes: read and written at least; memory: extra bytes at the peak
-    tile: side of a tile; not_chosen: for each other form, why it does not run
+    tile: largest side of a tile; not_chosen: for each other form, why it does not run
     """
 
     matrix: str
@@ -43,7 +44,8 @@ class Explanation:
             f"  pairs     {self.pairs:,} visible of {self.pairs_in_all:,} ({share:.3g} %)",
             f"  work      {_scaled(self.flops, 1000, 'flop')}",
             f"  traffic   {_scaled(self.bytes, 1024, 'B')} of inputs and output",
-            f"  memory    {_scaled(self.memory, 1024, 'B')} beyond them, tiles of side {self.tile}",
+            f"  memory    {_scaled(self.memory, 1024, 'B')} beyond them, tiles of side "
+            f"{self.tile} at most",
         ]
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.not_chosen.items()])
 
@@ -54,7 +56,7 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
     """See `Attention.explain`."""
     if value is not None:
         errors.check_tensor("value", value)
-        errors.check_value(matrix.shape, matrix.key, value)
+        errors.check_factor("value", matrix.shape, value, errors.heads_of(matrix.key))
     name = form.choose(matrix)
     tiles = Tiles.of(matrix)
     lanes = matrix.shape[:-2].numel()
@@ -71,7 +73,8 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
     inputs += (matrix.key if value is None else value).numel()
     numbers = matrix.score.numbers_per_pair(width)
     wide = compute_dtype(matrix.dtype).itemsize
-    tile_bytes = lanes * tiles.side**2 * (numbers + 2) * wide
+    sides = (min(tiles.side, length) for length in matrix.shape[-2:])
+    tile_bytes = lanes * math.prod(sides) * (numbers + 2) * wide
     return Explanation(
         matrix=repr(matrix),
         form=name,

@@ -29,12 +29,17 @@ def take(matrix: Attention, index: Any) -> Tensor | Attention:
                 for a, (p, s) in enumerate(zip(batch_picks, sizes, strict=True))
             )
         )
+    if _is_every(row_pick) and _is_every(column_pick):
+        return matrix
+    if not isinstance(row_pick, (int, slice)) and not isinstance(column_pick, (int, slice)):
+        raise errors.ShapeError(
+            "two lists of positions pair up in a tensor's index; for the block of all their pairs "
+            "index twice, A[..., rows, :][..., columns], and for pairs index A[..., rows, :] so."
+        )
     n, m = matrix.shape[-2:]
     rows = as_index(row_pick, n, "row", matrix.device)
     columns = as_index(column_pick, m, "column", matrix.device)
-    if _is_every(rows, n) and _is_every(columns, m):
-        return matrix
-    every_row = _is_every(rows, n)
+    every_row = _is_every(row_pick)
     weights = _columns(matrix, columns) if every_row else _rows(matrix, rows, columns)
     if isinstance(row_pick, int):
         weights = weights.squeeze(-2)
@@ -150,5 +155,5 @@ def _batch_pick(pick: Any, size: int, axis: int) -> Any:
     )
 
 
-def _is_every(index: Index, length: int) -> bool:
-    return isinstance(index, slice) and index == slice(0, length)
+def _is_every(pick: Any) -> bool:
+    return isinstance(pick, slice) and pick == EVERY

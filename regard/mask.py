@@ -27,6 +27,19 @@ class Mask(Part):
         """Each row's visible keys, for `rows` queries and `columns` keys."""
         raise NotImplementedError
 
+    def axes(self) -> tuple[int, ...]:
+        """The mask's own batch and head axes, which broadcast to the matrix's."""
+        return ()
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raise ShapeError where the mask does not fit the matrix's rows and columns."""
+
+    def __bool__(self) -> bool:
+        raise errors.DtypeError(
+            f"{self!r} is a rule for many pairs, neither true nor false; combine masks with "
+            "&, | and ~ instead of `and`, `or` and `not`, and compare with `is not None`."
+        )
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, other) if isinstance(other, Mask) else NotImplemented
 
@@ -61,6 +74,9 @@ class Causal(Mask):
 
     offset: int = 0
 
+    def __post_init__(self) -> None:
+        errors.check_number("Causal's offset", self.offset, whole=True)
+
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         stop = torch.arange(rows, device=device) + (self.offset + 1)
         return Runs.intervals(torch.zeros_like(stop), stop, columns)
@@ -85,12 +101,10 @@ class Window(Mask):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        for side in (self.left, self.right):
-            if side is not None and side < 0:
-                raise ValueError(
-                    f"Window(left, right) counts neighbours and needs numbers >= 0 or None, not "
-                    f"Window({self.left}, {self.right}); move it with offset."
-                )
+        errors.check_number("Window's offset", self.offset, whole=True)
+        for name, side in (("left", self.left), ("right", self.right)):
+            if side is not None:  # it counts neighbours; `offset` moves the window
+                errors.check_number(f"Window's {name}", side, whole=True, least=0)
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         at = torch.arange(rows, device=device) + self.offset
@@ -115,10 +129,18 @@ class Prefix(Mask):
 
     length: int | Tensor
 
+    def __post_init__(self) -> None:
+        if isinstance(self.length, Tensor):
+            _check_integers("Prefix's length", self.length)
+        else:
+            errors.check_number("Prefix's length", self.length, whole=True, least=0)
+
+    def axes(self) -> tuple[int, ...]:
+        return tuple(_add_heads(torch.as_tensor(self.length)).shape)
+
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        length = torch.as_tensor(self.length, device=device)
-        _check_integers("Prefix's length", length)
-        stop = _add_heads(length)[..., None].expand(*_add_heads(length).shape, rows)
+        length = _add_heads(torch.as_tensor(self.length, device=device))
+        stop = length[..., None].expand(*length.shape, rows)
         return Runs.intervals(torch.zeros_like(stop), stop, columns)
 
 
@@ -147,10 +169,21 @@ class Padding(Mask):
                 [1, 1, 1]], dtype=torch.int32)
         """
         _check_integers("lengths", lengths)
+        errors.check_number("Padding.of_lengths' columns", columns, whole=True, least=0)
+        if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= columns:
+            raise errors.ShapeError(
+                f"lengths are between {int(lengths.min())} and {int(lengths.max())}, but sequences "
+                f"padded to {columns} keys have 0 to {columns} real ones."
+            )
         return Padding(torch.arange(columns, device=lengths.device) < lengths[..., None])
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
+    def axes(self) -> tuple[int, ...]:
+        return tuple(_add_heads(self.keep, 1).shape[:-1])
+
+    def check(self, rows: int, columns: int) -> None:
         _check_length("Padding", self.keep, columns, "keys")
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         line = Runs.dense(_add_heads(self.keep, 1)[..., None, :])
         # Every row of a sequence has the runs of its one line of keys.
         twin = Runs((*line.batch, 1), 1, columns, line.offsets, line.start, line.stop)
@@ -161,6 +194,9 @@ class Padding(Mask):
 @dataclass(frozen=True, repr=False, eq=False)
 class Documents(Mask):
     """Row i sees key j iff both belong to one document: sequences packed into one.
+
+    Documents that are not in one piece are exact, too, but cost a run per row and piece: tokens
+    that alternate between two documents make n/2 runs for each of n rows. Sort them first.
 
     ids: integers [*batch, n], one document number per token (the head axis is added)
     key_ids: the same for keys [*batch, m]; default: the keys are the tokens of the rows
@@ -177,12 +213,27 @@ class Documents(Mask):
         if self.key_ids is not None:
             _check_integers("Documents' key_ids", self.key_ids)
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        keys = self.ids if self.key_ids is None else self.key_ids
+    def axes(self) -> tuple[int, ...]:
+        batch = self._batch()
+        return (*batch, 1) if batch else ()
+
+    def check(self, rows: int, columns: int) -> None:
         _check_length("Documents", self.ids, rows, "rows")
-        _check_length("Documents", keys, columns, "keys")
-        batch = torch.broadcast_shapes(self.ids.shape[:-1], keys.shape[:-1])
-        shape = tuple(_add_heads(torch.empty(batch, device="meta")).shape) if batch else ()
+        if self.key_ids is None and rows != columns:
+            raise errors.ShapeError(
+                f"Documents(ids) of shape {errors.show(self.ids.shape)} numbers the {rows} rows, but "
+                f"the matrix has {columns} keys; give theirs, too: Documents(ids, key_ids)."
+            )
+        _check_length("Documents' key_ids", self._keys(), columns, "keys")
+
+    def _keys(self) -> Tensor:
+        return self.ids if self.key_ids is None else self.key_ids
+
+    def _batch(self) -> tuple[int, ...]:
+        return tuple(torch.broadcast_shapes(self.ids.shape[:-1], self._keys().shape[:-1]))
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
+        keys, batch, shape = self._keys(), self._batch(), self.axes()
         of_row, of_key = _in_lanes(*(x.expand(*batch, -1) for x in (self.ids, keys)))
         # Segments of equal neighbours among the keys; segments of one document become neighbours.
         fresh = torch.ones_like(of_key, dtype=torch.bool)
@@ -192,7 +243,7 @@ class Documents(Mask):
         stop[:-1] = torch.where(lane[1:] == lane[:-1], start[1:], columns)
         label, order = of_key[lane, start].sort(stable=True)
         start, stop = start[order], stop[order]
-        wanted = of_row.flatten()
+        wanted = of_row.flatten().contiguous()
         first = torch.searchsorted(label, wanted)
         count = torch.searchsorted(label, wanted, right=True) - first
         shift = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
@@ -221,22 +272,46 @@ class Dense(Mask):
                 " A mask of keys alone is Padding(keep)."
             )
 
-    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
+    def axes(self) -> tuple[int, ...]:
+        return tuple(self.keep.shape[:-2])
+
+    def check(self, rows: int, columns: int) -> None:
         given = self.keep.shape[-2:]
         if any(g not in (1, w) for g, w in zip(given, (rows, columns), strict=True)):
             raise errors.ShapeError(
                 f"Dense mask has shape {errors.show(self.keep.shape)}, but the matrix has {rows} "
                 f"rows and {columns} columns; its last two axes must be these, or 1."
             )
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return Runs.dense(self.keep.expand(*self.keep.shape[:-2], rows, columns))
 
 
 @dataclass(frozen=True, repr=False)
-class And(Mask):
-    """Visible where both masks say so; written `one & other`."""
+class _Pair(Mask):
+    """Two masks as one."""
 
     one: Mask
     other: Mask
+
+    def axes(self) -> tuple[int, ...]:
+        one, other = self.one.axes(), self.other.axes()
+        try:
+            return tuple(torch.broadcast_shapes(one, other))
+        except RuntimeError:
+            raise errors.ShapeError(
+                f"{self.one!r} has batch and head axes {errors.show(one)} and {self.other!r} has "
+                f"{errors.show(other)}; they do not broadcast."
+            ) from None
+
+    def check(self, rows: int, columns: int) -> None:
+        self.one.check(rows, columns)
+        self.other.check(rows, columns)
+
+
+@dataclass(frozen=True, repr=False)
+class And(_Pair):
+    """Visible where both masks say so; written `one & other`."""
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return self.one.runs(rows, columns, device) & self.other.runs(rows, columns, device)
@@ -246,11 +321,8 @@ class And(Mask):
 
 
 @dataclass(frozen=True, repr=False)
-class Or(Mask):
+class Or(_Pair):
     """Visible where either mask says so; written `one | other`."""
-
-    one: Mask
-    other: Mask
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return self.one.runs(rows, columns, device) | self.other.runs(rows, columns, device)
@@ -265,6 +337,12 @@ class Not(Mask):
 
     mask: Mask
 
+    def axes(self) -> tuple[int, ...]:
+        return self.mask.axes()
+
+    def check(self, rows: int, columns: int) -> None:
+        self.mask.check(rows, columns)
+
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return ~self.mask.runs(rows, columns, device)
 
@@ -278,6 +356,9 @@ class Compiled(Mask):
 
     compiled: Runs
     name: str
+
+    def axes(self) -> tuple[int, ...]:
+        return self.compiled.batch
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         return self.compiled

@@ -68,23 +68,26 @@ def attention(
         function: Any = _check_part("score", score, Callable)  # type: ignore[arg-type]
         score = Custom(function).probe(query, key)
     score.check(query, key)
-    if position is not None:
-        _check_part("position", position, Position)
-        position.check(batch, query.shape[-2], key.shape[-2])
-    rule = Rule(score, position, _check_part("normalizer", normalizer, Normalizer))
     mask = Dense(mask) if isinstance(mask, Tensor) else mask
+    _check_part("normalizer", normalizer, Normalizer)
+    for name, part, kind in (
+        ("position", position, Position),
+        ("mask", mask, Mask),
+        ("dropout", dropout, Dropout),
+    ):
+        if part is not None:
+            _check_part(name, part, kind)
+    for formula in (score, position, normalizer):
+        if formula is not None:
+            errors.check_device(repr(formula), formula.tensors(), query.device)
+            formula.check_heads(batch)
+    for placed in (position, mask):
+        if placed is not None:
+            placed.check(query.shape[-2], key.shape[-2])
     if mask is not None:
-        _check_part("mask", mask, Mask)
         errors.check_device(repr(mask), mask.tensors(), query.device)
-    if dropout is not None:
-        _check_part("dropout", dropout, Dropout)
-    errors.check_device(repr(rule), rule.tensors(), query.device)
-    matrix = Attention(query, key, rule, mask, dropout)
-    if matrix.runs is not None:
-        errors.check_fits(repr(mask), matrix.runs.batch, batch)
-    if isinstance(normalizer, Softmax) and isinstance(normalizer.sink, Tensor):
-        errors.check_fits(f"{normalizer}", normalizer.sink.shape, batch)
-    return matrix
+        errors.check_fits(repr(mask), mask.axes(), batch)
+    return Attention(query, key, Rule(score, position, normalizer), mask, dropout)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -172,15 +175,17 @@ class Attention:
 
         errors.check_tensor("value", value)
         errors.check_pair("value", value, "query", self.query)
-        errors.check_value(self.shape, self.key, value)
+        errors.check_factor("value", self.shape, value, errors.heads_of(self.key))
         return forms.product(self, value, form)
 
     def __getitem__(self, index: Any) -> Tensor | Attention:
         """Rows, columns and blocks as tensors; whole batch entries and heads stay lazy.
 
-        Indices are those of a tensor of the same shape, without None: `A[..., 17, :]` is what
-        position 17 attends to, `A[..., :, 3]` who attends to key 3, `A[0, 5]` one head, lazily.
+        Indices are those of a tensor of the same shape: `A[..., 17, :]` is what position 17 attends
+        to, `A[..., :, 3]` who attends to key 3, `A[0, 5]` one head, lazily. Lazy is what leaves
+        both last axes out or gives them as `:`; any other slice makes a tensor, however long.
         A row or a block costs the logits of its whole rows, a column one pass over the tiles.
+        Raises ShapeError for None, and for two lists of positions, which would pair.
 
         >>> A = attention(torch.randn(8, 5, 2), torch.randn(8, 6, 2))
         >>> A[3], A[..., 1, :].shape, A[:, :2, 4].shape
@@ -306,6 +311,7 @@ class Attention:
 
     def with_normalizer(self, normalizer: Normalizer) -> Attention:
         """The same logits under another normalizer."""
+        _check_part("normalizer", normalizer, Normalizer).check_heads(self.shape[:-2])
         return replace(self, rule=replace(self.rule, normalizer=normalizer))
 
     def narrow(self, index: tuple[Any, ...]) -> Attention:
@@ -369,7 +375,7 @@ class Transposed:
 
         errors.check_tensor("x", x)
         errors.check_pair("x", x, "query", self.matrix.query)
-        errors.check_value(self.shape, self.matrix.query, x)
+        errors.check_factor("x", self.shape, x, 1)
         return forms.product_transposed(self.matrix, x, form)
 
     def dense(self, *, limit: int = DENSE_LIMIT) -> Tensor:
@@ -381,7 +387,7 @@ class Transposed:
 
 
 def _check_part(name: str, given: Any, kind: type[T]) -> T:
-    if isinstance(given, kind):
+    if isinstance(given, kind) and not isinstance(given, type):
         return given
     hint = "; an added float tensor is position=Bias(tensor)" if isinstance(given, Tensor) else ""
     if isinstance(given, type):

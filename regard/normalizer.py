@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from regard import grouped
+from regard import errors, grouped
 from regard.part import Part
 
 
@@ -131,6 +131,10 @@ class Softmax(Normalizer):
 
     couples: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.sink is not None:
+            errors.check_scale("Softmax's sink", self.sink)
+
     @property
     def sums_to_one(self) -> bool:  # type: ignore[override]
         """True without a sink."""
@@ -214,6 +218,9 @@ class Sigmoid(Normalizer):
 
     by_pair: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        errors.check_number("Sigmoid's bias", self.bias)
+
     def whole(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits + self.bias)
 
@@ -237,6 +244,10 @@ class Relu(Normalizer):
     """
 
     mean: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mean, bool):
+            raise errors.DtypeError(f"Relu's mean must be True or False, not {self.mean!r}.")
 
     @property
     def by_pair(self) -> bool:  # type: ignore[override]
@@ -283,6 +294,9 @@ class RowSum(Normalizer):
     eps: float = 0.0
 
     couples: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        errors.check_number("RowSum's eps", self.eps, least=0)
 
     @property
     def sums_to_one(self) -> bool:  # type: ignore[override]

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from regard import errors
+
 Index = slice | Tensor
 """The rows or columns of a tile: a slice, or a tensor of positions."""
 
@@ -47,7 +49,16 @@ class Part:
         def pick(owner: Part, name: str, tensor: Tensor) -> Tensor:
             return narrow(tensor, owner.trailing.get(name.partition(".")[0], 0), batch, index)
 
-        return self._map(pick)
+        return self._map(pick, lambda part: part.narrow(batch, index))
+
+    def check_heads(self, batch: Sequence[int]) -> None:
+        """Raise ShapeError where a tensor does not broadcast to the matrix's [*batch, heads]."""
+        for name, item in self._items():
+            if isinstance(item, Part):
+                item.check_heads(batch)
+            elif isinstance(item, Tensor):
+                axes = item.dim() - self.trailing.get(name, 0)
+                errors.check_fits(f"{self!r}, in its {name},", item.shape[:axes], batch)
 
     def cut(self, rows: Index, columns: Index) -> Self:
         """The part as one tile needs it: views of its tensors, so that gradients add up in place.

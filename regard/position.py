@@ -36,8 +36,8 @@ class Position(Part):
         """Return what to add to the scores of a tile: broadcasts to [*batch, heads, r, c]."""
         return None
 
-    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:
-        """Raise ShapeError where the part does not fit [*batch, heads], rows and columns."""
+    def check(self, rows: int, columns: int) -> None:
+        """Raise ShapeError where the part does not fit the matrix's rows and columns."""
 
     def __add__(self, other: Position) -> Position:
         if not isinstance(other, Position):
@@ -80,9 +80,9 @@ class Positions(Position):
         present = [bias.to(query.dtype) for bias in biases if bias is not None]
         return sum(present[1:], present[0]) if present else None
 
-    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:
+    def check(self, rows: int, columns: int) -> None:
         for part in self.parts:
-            part.check(batch, rows, columns)
+            part.check(rows, columns)
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts))
@@ -108,7 +108,7 @@ class Bias(Position):
     trailing: ClassVar[dict[str, int]] = {"bias": 2}
 
     def __post_init__(self) -> None:
-        errors.check_tensor("Bias", self.bias)
+        errors.check_tensor("Bias", self.bias, shape="[*batch, heads, n, m]")
 
     def cut(self, rows: Index, columns: Index) -> Self:
         """Only the entries of the tile: its gradient is as small as the tile."""
@@ -120,14 +120,13 @@ class Bias(Position):
         """Return the bias itself, which `cut` has made as large as the tile."""
         return self.bias
 
-    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:
+    def check(self, rows: int, columns: int) -> None:
         given, wanted = self.bias.shape[-2:], (rows, columns)
         if any(g not in (1, w) for g, w in zip(given, wanted, strict=True)):
             raise errors.ShapeError(
                 f"Bias has shape {errors.show(self.bias.shape)}, but the matrix has {rows} rows "
                 f"and {columns} columns; its last two axes must be {errors.show(wanted)} or 1."
             )
-        errors.check_fits("Bias", self.bias.shape[:-2], batch)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,7 +155,8 @@ class Alibi(Position):
     toeplitz: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        errors.check_tensor("Alibi's slopes", self.slopes, dims=0)
+        errors.check_tensor("Alibi's slopes", self.slopes, shape="[heads]", dims=0)
+        errors.check_number("Alibi's offset", self.offset, whole=True)
 
     @staticmethod
     def of(num_heads: int, offset: int = 0) -> Alibi:
@@ -168,8 +168,7 @@ class Alibi(Position):
         >>> Alibi.of(3).slopes
         tensor([0.0625, 0.0039, 0.2500])
         """
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1, not {num_heads}.")
+        errors.check_number("Alibi.of's num_heads", num_heads, whole=True, least=1)
         lower = 1 << (num_heads.bit_length() - 1)
         slopes = [2.0 ** (-8 * k / lower) for k in range(1, lower + 1)]
         between = [2.0 ** (-4 * k / lower) for k in range(1, 2 * lower + 1, 2)]
@@ -178,9 +177,6 @@ class Alibi(Position):
     def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = (i[:, None] + self.offset - j).abs().to(self.slopes.dtype)
         return -per_head(self.slopes, distance) * distance
-
-    def check(self, batch: tuple[int, ...], rows: int, columns: int) -> None:
-        errors.check_fits(f"{self}", self.slopes.shape, batch)
 
 
 def _terms(position: Position) -> tuple[Position, ...]:

@@ -142,7 +142,7 @@ class Runs:
 
         Costs the block's runs plus the range of columns that they reach.
         """
-        pieces = self._pieces(rows)
+        pieces = self._pieces(rows) or [slice(0, 0)]
         start = torch.cat([self.start[piece] for piece in pieces]).long()
         stop = torch.cat([self.stop[piece] for piece in pieces]).long()
         if start.numel() == 0:

@@ -65,8 +65,12 @@ class Dot(Score):
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be positive, not {self.softcap}; None leaves it out.")
+        if self.scale is not None:
+            errors.check_scale("Dot's scale", self.scale)
+        if self.softcap is not None:
+            errors.check_number("Dot's softcap", self.softcap)
+            if not self.softcap > 0:
+                raise ValueError(f"softcap must be positive, not {self.softcap}; or None.")
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         scale = max(query.shape[-1], 1) ** -0.5 if self.scale is None else self.scale
@@ -98,7 +102,8 @@ class Bilinear(Score):
     trailing: ClassVar[dict[str, int]] = {"weight": 2}
 
     def __post_init__(self) -> None:
-        errors.check_tensor("Bilinear's weight", self.weight)
+        errors.check_tensor("Bilinear's weight", self.weight, shape="[d_query, d_key]")
+        errors.check_scale("Bilinear's scale", self.scale)
 
     def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return query @ self.weight.to(query.dtype), key
@@ -130,6 +135,9 @@ class Cosine(Score):
     """
 
     scale: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        errors.check_scale("Cosine's scale", self.scale)
 
     def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return _unit(query), _unit(key)
@@ -165,6 +173,9 @@ class Distance(Score):
 
     scale: float | Tensor = 1.0
 
+    def __post_init__(self) -> None:
+        errors.check_scale("Distance's scale", self.scale)
+
     def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         if key.shape[-2] == 0:
             return query, key
@@ -173,7 +184,9 @@ class Distance(Score):
         return query - centre, key - centre
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        key_norm = grouped.match(key.square().sum(-1, keepdim=True), _heads(query)).mT  # [h, 1, c]
+        key_norm = grouped.match(
+            key.square().sum(-1, keepdim=True), errors.heads_of(query)
+        ).mT  # [h, 1, c]
         cross = grouped.matmul(query, key.mT)
         squared = query.square().sum(-1, keepdim=True) - 2 * cross + key_norm
         scale = per_head(self.scale, squared) if isinstance(self.scale, Tensor) else self.scale
@@ -215,7 +228,8 @@ class Additive(Score):
     trailing: ClassVar[dict[str, int]] = {"weight": 1}
 
     def __post_init__(self) -> None:
-        errors.check_tensor("Additive's weight", self.weight, dims=1)
+        errors.check_tensor("Additive's weight", self.weight, shape="[width]", dims=1)
+        errors.check_number("Additive's slope", self.slope)
         if self.activation not in ACTIVATIONS and self.activation != "leaky_relu":
             names = ", ".join(sorted([*ACTIVATIONS, "leaky_relu"]))
             raise ValueError(f"activation must be one of {names}; not {self.activation!r}.")
@@ -232,7 +246,7 @@ class Additive(Score):
         return Additive(weight.requires_grad_(), activation)
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        key = grouped.match(key, _heads(query))
+        key = grouped.match(key, errors.heads_of(query))
         total = query[..., :, None, :] + key[..., None, :, :]  # [*, h, r, c, d]
         if self.activation == "leaky_relu":
             active = F.leaky_relu(total, self.slope)
@@ -309,7 +323,7 @@ class Custom(Score):
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         wide = query.dtype
         # The function sees the caller's dtype, which is that of the tensors it brings along.
-        query, key = query.to(self.dtype), grouped.match(key, _heads(query)).to(self.dtype)
+        query, key = query.to(self.dtype), grouped.match(key, errors.heads_of(query)).to(self.dtype)
         if not self.captured:
             return self._checked(self.function(query, key, i, j), query, i, j).to(wide)
         trace = Trace(dict(zip(self.originals, self.captured, strict=True)), own=(query, key))
@@ -328,16 +342,29 @@ class Custom(Score):
         shapes = [(*x.shape[:-2], 1, x.shape[-1]) for x in (query, key)]
         one = [query.new_zeros(shape) for shape in shapes]
         at = torch.zeros(1, dtype=torch.long, device=query.device)
-        trace = Trace({}, own=())
+        key_one = grouped.match(one[1], errors.heads_of(query))
+        trace, random = Trace({}, own=()), _random_state(query.device)
         with torch.enable_grad(), trace:
-            self._checked(
-                self.function(one[0], grouped.match(one[1], _heads(query)), at, at), one[0], at, at
+            self._checked(self.function(one[0], key_one, at, at), one[0], at, at)
+        if not all(map(torch.equal, random, _random_state(query.device))):
+            raise errors.FormError(
+                f"score function {self} drew random numbers; it is called again for the backward "
+                "pass and must give the same scores. For dropout on the weights, give "
+                "attention(..., dropout=Dropout(p)); draw noise before, and index it by i, j."
+            )
+        if one[0]._version or key_one._version:
+            raise errors.FormError(
+                f"score function {self} changes its query or key in place, and they are views of "
+                "yours; write query * 2 instead of query.mul_(2)."
             )
         found = tuple(trace.found)
         return replace(self, dtype=query.dtype, captured=found, originals=tuple(map(id, found)))
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Any widths fit, as far as `regard` can know."""
+
+    def check_heads(self, batch: object) -> None:
+        """Captured tensors have any shape."""
 
     def narrow(self, batch: tuple[int, ...], index: tuple[object, ...]) -> Custom:
         raise errors.ShapeError(
@@ -354,9 +381,10 @@ class Custom(Score):
 
     def _checked(self, scores: object, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
         wanted = (*query.shape[:-2], i.numel(), j.numel())
-        if not isinstance(scores, Tensor):
+        if not isinstance(scores, Tensor) or scores.is_complex():
+            given = f"dtype {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
             raise errors.DtypeError(
-                f"score function {self} must return a tensor, not {type(scores).__name__}."
+                f"score function {self} must return a tensor of real numbers, not {given}."
             )
         if scores.dim() < 2 or scores.shape[-2:] != wanted[-2:]:
             raise errors.ShapeError(
@@ -367,5 +395,6 @@ class Custom(Score):
         return scores
 
 
-def _heads(query: Tensor) -> int:
-    return query.shape[-3] if query.dim() > 2 else 1
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -29,17 +29,13 @@ class TopK(NamedTuple):
 
 def topk(matrix: Attention, k: int) -> TopK:
     """The k largest weights of each row, [*batch, n, k]; index -1, weight 0 where it sees fewer."""
-    if k < 1:
-        raise errors.ShapeError(f"topk needs k >= 1, not {k}.")
-    tiles, each = _tiles(matrix)
+    errors.check_number("topk's k", k, whole=True, least=1)
+    _, each = _tiles(matrix)
     shape, dtype = (*matrix.shape[:-1], k), compute_dtype(matrix.dtype)
     values = torch.full(shape, -torch.inf, dtype=dtype, device=matrix.device)
     indices = torch.full(shape, -1, device=matrix.device)
     for tile in each:
-        weights = tile.weights
-        keep = tiles.keep(tile.rows, tile.span)
-        if keep is not None:
-            weights = weights.masked_fill(~keep, -torch.inf)
+        weights = tile.weights.masked_fill(tile.logits == -torch.inf, -torch.inf)
         best, at = weights.topk(min(k, weights.shape[-1]), dim=-1)
         both = torch.cat([values[..., tile.rows, :], best], -1)
         places = torch.cat([indices[..., tile.rows, :], at + tile.span.columns.start], -1)
@@ -74,37 +70,51 @@ def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
 
     Cells at the end may be smaller; their mean is over the pairs they have.
     """
-    if size < 1:
-        raise errors.ShapeError(f"pool needs a cell of at least 1 pair, not {size}.")
+    errors.check_number("pool's size", size, whole=True, least=1)
     if reduce not in ("mean", "max"):
         raise ValueError(f"pool reduces with 'mean' or 'max', not {reduce!r}.")
     *batch, n, m = matrix.shape
     _, each = _tiles(matrix)
+    size = min(size, max(n, m, 1))
     cells = [-(-length // size) for length in (n, m)]
-    # A pair that is not visible has weight 0, and so has a cell that no tile reaches.
-    pooled = torch.zeros(*batch, *cells, dtype=compute_dtype(matrix.dtype), device=matrix.device)
+    start = 0.0 if reduce == "mean" else -torch.inf
+    pooled = matrix.query.new_full((*batch, *cells), start, dtype=compute_dtype(matrix.dtype))
+    reached = torch.zeros(cells, device=matrix.device)
     for tile in each:
-        part = tile.weights
+        # The same steps on ones count the pairs of each cell that tiles have reached.
+        parts = [tile.weights, torch.ones(tile.weights.shape[-2:], device=matrix.device)]
         for axis, along in ((-2, tile.rows), (-1, tile.span.columns)):
-            part = _shrink(part, axis, along.start, size, reduce)
-        first = tile.rows.start // size, tile.span.columns.start // size
-        place = pooled[
-            ..., first[0] : first[0] + part.shape[-2], first[1] : first[1] + part.shape[-1]
-        ]
-        place.copy_(place + part if reduce == "mean" else torch.maximum(place, part))
-    if reduce == "max" or not pooled.numel():
-        return pooled
+            parts = [
+                _shrink(part, axis, along.start, size, how)
+                for part, how in zip(parts, (reduce, "mean"), strict=True)
+            ]
+        rows, columns = (
+            slice(along.start // size, along.start // size + count)
+            for along, count in zip((tile.rows, tile.span.columns), parts[1].shape, strict=True)
+        )
+        reached[rows, columns] += parts[1]
+        place = pooled[..., rows, columns]
+        place.copy_(place + parts[0] if reduce == "mean" else torch.maximum(place, parts[0]))
     counts = [
         (length - torch.arange(0, length, size, device=matrix.device)).clamp(max=size)
         for length in (n, m)
     ]
-    return pooled / (counts[0][:, None] * counts[1])
+    pairs = counts[0][:, None] * counts[1]
+    if reduce == "mean":
+        return pooled / pairs
+    # A pair that no tile reaches is not visible and has weight 0.
+    return torch.where(reached < pairs, pooled.clamp(min=0), pooled)
 
 
 def _shrink(part: Tensor, axis: int, start: int, size: int, reduce: str) -> Tensor:
     """Sum or largest entry of each cell along one axis whose first entry is number `start`."""
-    before = start % size
-    after = -(before + part.shape[axis]) % size
+    length, before = part.shape[axis], start % size
+    if before + length <= 2 * size:  # few cells: no need to fill them up
+        edges = [size - before] if before + length > size else []
+        pieces = part.tensor_split(edges, dim=axis)
+        shrunk = [p.sum(axis, True) if reduce == "mean" else p.amax(axis, True) for p in pieces]
+        return torch.cat(shrunk, axis)
+    after = -(before + length) % size
     empty = 0.0 if reduce == "mean" else -torch.inf
     sides = (before, after) if axis == -1 else (0, 0, before, after)
     cells: Tensor = F.pad(part, sides, value=empty).unflatten(axis, (-1, size))

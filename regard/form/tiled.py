@@ -58,8 +58,8 @@ def logsumexp(matrix: Attention) -> Tensor:
 def _apply(matrix: Attention, x: Tensor, *, transposed: bool) -> tuple[Tensor, Row]:
     query, key = matrix.rule.operands(matrix.query, matrix.key)
     tiles = Tiles.of(matrix)
-    result = _Product.apply(tiles, transposed, query, key, x, *tiles.rule.tensors())
-    output, peak, total = result
+    run: Any = _Product.apply  # torch leaves its type out
+    output, peak, total = run(tiles, transposed, query, key, x, *tiles.rule.tensors())
     return output, Row(peak, total)
 
 

@@ -64,7 +64,7 @@ class Backward:
             works: Iterable[_Work] = self._works(rows, spans, of_left, of_rows, graph=True)
             delta = torch.zeros_like(of_rows.total, dtype=sum_dtype(left.device))
             if normalizer.couples:
-                first = self._works(rows, spans, of_left, of_rows, graph=False)
+                first: Iterable[_Work] = self._works(rows, spans, of_left, of_rows, graph=False)
                 if len(spans) == 1:
                     first = works = list(works)
                 for work in first:
