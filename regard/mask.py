@@ -221,8 +221,8 @@ class Documents(Mask):
         _check_length("Documents", self.ids, rows, "rows")
         if self.key_ids is None and rows != columns:
             raise errors.ShapeError(
-                f"Documents(ids) of shape {errors.show(self.ids.shape)} numbers the {rows} rows, but "
-                f"the matrix has {columns} keys; give theirs, too: Documents(ids, key_ids)."
+                f"Documents(ids) of shape {errors.show(self.ids.shape)} numbers the {rows} rows, "
+                f"but the matrix has {columns} keys; give theirs, too: Documents(ids, key_ids)."
             )
         _check_length("Documents' key_ids", self._keys(), columns, "keys")
 
