@@ -14,6 +14,7 @@ from regard.errors import (
     RegardError,
     ShapeError,
 )
+from regard.look import look
 from regard.mask import Causal, Dense, Documents, Mask, Padding, Prefix, Window
 from regard.matrix import Attention, attention
 from regard.normalizer import Identity, Normalizer, Relu, RowSum, Sigmoid, Softmax
@@ -53,6 +54,7 @@ __all__ = [
     "Softmax",
     "Window",
     "attention",
+    "look",
 ]
 
 __version__ = "0.1.0"

@@ -107,6 +107,32 @@ def check_tensor(name: str, tensor: object, *, shape: str = OPERAND, dims: int =
         raise ShapeError(f"{name} has shape {show(tensor.shape)}; it must be {shape}.")
 
 
+def check_bool(what: str, keep: object) -> None:
+    """Raise unless a mask is a bool tensor."""
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        given = f"dtype {keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise DtypeError(
+            f"{what} takes a bool tensor, True = may attend, not {given}; a 0/1 mask converts with "
+            ".bool(), and a float mask that is added to the scores is position=Bias(tensor)."
+        )
+
+
+def check_integers(what: str, tensor: object) -> None:
+    """Raise unless `tensor` is a tensor of integers."""
+    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
+        given = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise DtypeError(f"{what} takes a tensor of integers, not {given}; use .long().")
+
+
+def check_length(what: str, tensor: Tensor, length: int, of: str) -> None:
+    """Raise unless the last axis of a tensor about tokens is as long as the rows or keys."""
+    if tensor.shape[-1:] != (length,):
+        raise ShapeError(
+            f"{what} has shape {show(tensor.shape)}, but the matrix has {length} {of}; its last "
+            f"axis must be {length}."
+        )
+
+
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless two tensors share dtype and device."""
     if tensor.dtype != other.dtype:

@@ -131,7 +131,7 @@ class Prefix(Mask):
 
     def __post_init__(self) -> None:
         if isinstance(self.length, Tensor):
-            _check_integers("Prefix's length", self.length)
+            errors.check_integers("Prefix's length", self.length)
         else:
             errors.check_number("Prefix's length", self.length, whole=True, least=0)
 
@@ -158,7 +158,7 @@ class Padding(Mask):
     keep: Tensor
 
     def __post_init__(self) -> None:
-        _check_bool("Padding", self.keep)
+        errors.check_bool("Padding", self.keep)
 
     @staticmethod
     def of_lengths(lengths: Tensor, columns: int) -> Padding:
@@ -168,7 +168,7 @@ class Padding(Mask):
         tensor([[1, 0, 0],
                 [1, 1, 1]], dtype=torch.int32)
         """
-        _check_integers("lengths", lengths)
+        errors.check_integers("lengths", lengths)
         errors.check_number("Padding.of_lengths' columns", columns, whole=True, least=0)
         if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= columns:
             raise errors.ShapeError(
@@ -181,7 +181,7 @@ class Padding(Mask):
         return tuple(_add_heads(self.keep, 1).shape[:-1])
 
     def check(self, rows: int, columns: int) -> None:
-        _check_length("Padding", self.keep, columns, "keys")
+        errors.check_length("Padding", self.keep, columns, "keys")
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
         line = Runs.dense(_add_heads(self.keep, 1)[..., None, :])
@@ -209,22 +209,22 @@ class Documents(Mask):
     key_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_integers("Documents", self.ids)
+        errors.check_integers("Documents", self.ids)
         if self.key_ids is not None:
-            _check_integers("Documents' key_ids", self.key_ids)
+            errors.check_integers("Documents' key_ids", self.key_ids)
 
     def axes(self) -> tuple[int, ...]:
         batch = self._batch()
         return (*batch, 1) if batch else ()
 
     def check(self, rows: int, columns: int) -> None:
-        _check_length("Documents", self.ids, rows, "rows")
+        errors.check_length("Documents", self.ids, rows, "rows")
         if self.key_ids is None and rows != columns:
             raise errors.ShapeError(
                 f"Documents(ids) of shape {errors.show(self.ids.shape)} numbers the {rows} rows, "
                 f"but the matrix has {columns} keys; give theirs, too: Documents(ids, key_ids)."
             )
-        _check_length("Documents' key_ids", self._keys(), columns, "keys")
+        errors.check_length("Documents' key_ids", self._keys(), columns, "keys")
 
     def _keys(self) -> Tensor:
         return self.ids if self.key_ids is None else self.key_ids
@@ -265,7 +265,7 @@ class Dense(Mask):
     keep: Tensor
 
     def __post_init__(self) -> None:
-        _check_bool("Dense", self.keep)
+        errors.check_bool("Dense", self.keep)
         if self.keep.dim() < 2:
             raise errors.ShapeError(
                 f"Dense has shape {errors.show(self.keep.shape)}; it must be [*batch, heads, n, m]."
@@ -385,26 +385,3 @@ def _in_lanes(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         both = both + torch.arange(len(both), device=both.device)[:, None] * (both.max() + 1)
     of_row, of_key = both.split([rows.shape[-1], keys.shape[-1]], -1)
     return of_row, of_key
-
-
-def _check_bool(what: str, keep: object) -> None:
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-        given = f"dtype {keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
-        raise errors.DtypeError(
-            f"{what} takes a bool tensor, True = may attend, not {given}; a 0/1 mask converts with "
-            ".bool(), and a float mask that is added to the scores is position=Bias(tensor)."
-        )
-
-
-def _check_integers(what: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
-        given = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise errors.DtypeError(f"{what} takes a tensor of integers, not {given}; use .long().")
-
-
-def _check_length(what: str, tensor: Tensor, length: int, of: str) -> None:
-    if tensor.shape[-1:] != (length,):
-        raise errors.ShapeError(
-            f"{what} has shape {errors.show(tensor.shape)}, but the matrix has {length} {of}; its "
-            f"last axis must be {length}."
-        )
