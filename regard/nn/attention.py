@@ -61,10 +61,11 @@ class _Heads(nn.Module):
 
     def _make_output(self, bias: bool) -> None:
         """The output projection, and torch's initial values: Xavier weights, zero biases."""
+        # In torch's order, so that one seed gives the same layer.
+        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias)
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("proj_weight"):
                 nn.init.xavier_uniform_(parameter)
-        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias)
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
 
