@@ -105,14 +105,18 @@ class _Product(torch.autograd.Function):
             length = tiles.shape[-1 if ctx.transposed else -2]
             doutput = x.new_zeros(*tiles.output_batch(x), length, x.shape[-1])
         left, right = (x, doutput) if ctx.transposed else (doutput, x)
+        wanted = ctx.needs_input_grad[2:]
+        wants_query, wants_key, wants_x, *wants_own = wanted
         with _plain(query):
-            back = Backward(tiles, query, key, right, wants_right=not ctx.transposed)
+            wants_right = wants_x and not ctx.transposed
+            back = Backward(
+                tiles, query, key, right, (wants_query, wants_key, wants_right, *wants_own)
+            )
             back.run(left, Row(peak, total), dtotal)
             dx = back.right
-            if ctx.transposed:
+            if ctx.transposed and wants_x:
                 dx = tiles.product(query, key, doutput)[0].sum_to_size(x.shape)
         gradients = (back.query, back.key, dx, *back.home.tensors())
-        wanted = ctx.needs_input_grad[2:]
         return (
             None,
             None,

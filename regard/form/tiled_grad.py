@@ -13,7 +13,7 @@ which multiply it by distances, had 3 to 6 times the error of dense.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,19 @@ class Backward:
     """One pass over the tiles that collects every gradient of sum_ij left_i weight_ij right_j."""
 
     def __init__(
-        self, tiles: Tiles, query: Tensor, key: Tensor, right: Tensor, *, wants_right: bool
+        self,
+        tiles: Tiles,
+        query: Tensor,
+        key: Tensor,
+        right: Tensor,
+        wanted: Sequence[bool],
     ) -> None:
+        """wanted: whether query, key, right and each of the rule's tensors need a gradient."""
         self.tiles = tiles
+        _, _, self.wants_right, *wants_own = wanted
+        self.wants = (*wanted[:2], *wants_own)
         self.dtype = compute_dtype(query.dtype)
         self.operands = query, key, right
-        self.wants_right = wants_right
         self.query, self.key, self.right = (
             torch.zeros_like(x, dtype=self.dtype) for x in self.operands
         )
@@ -96,13 +103,14 @@ class Backward:
     def _logits(self, rows: slice, span: Span, *, graph: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The logits of a tile, and the tensors that they are computed from."""
         rule = self.tiles.rule.cut(rows, span.columns)
+        starts = (
+            self.operands[0][..., rows, :].to(self.dtype),
+            self.operands[1][..., span.columns, :].to(self.dtype),
+            *rule.tensors(),
+        )
         leaves = tuple(
-            tensor.detach().requires_grad_(graph)
-            for tensor in (
-                self.operands[0][..., rows, :].to(self.dtype),
-                self.operands[1][..., span.columns, :].to(self.dtype),
-                *rule.tensors(),
-            )
+            tensor.detach().requires_grad_(graph and wanted)
+            for tensor, wanted in zip(starts, self.wants, strict=True)
         )
         query, key, *tensors = leaves
         with torch.set_grad_enabled(graph):
@@ -123,8 +131,11 @@ class Backward:
             *self.home.cut(rows, columns).tensors(),
         )
         if not work.logits.requires_grad:
-            return  # position-only scores without a position depend on nothing
-        gradients = torch.autograd.grad(work.logits, work.leaves, dlogits, allow_unused=True)
-        for home, gradient in zip(homes, gradients, strict=True):
+            return  # nothing that is wanted is read, as by position-only scores
+        wanted = [place for place, leaf in enumerate(work.leaves) if leaf.requires_grad]
+        leaves = [work.leaves[place] for place in wanted]
+        gradients = torch.autograd.grad(work.logits, leaves, dlogits, allow_unused=True)
+        for place, gradient in zip(wanted, gradients, strict=True):
             if gradient is not None:
+                home = homes[place]
                 home += gradient
