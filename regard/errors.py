@@ -6,6 +6,7 @@ A message says what was asked, what was given, and what would work.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ __all__ = [
     "RegardError",
     "ShapeError",
 ]
+
+
+T = TypeVar("T")
 
 
 class RegardError(Exception):
@@ -131,6 +135,19 @@ def check_length(what: str, tensor: Tensor, length: int, of: str) -> None:
             f"{what} has shape {show(tensor.shape)}, but the matrix has {length} {of}; its last "
             f"axis must be {length}."
         )
+
+
+def check_kind(name: str, given: Any, kind: type[T]) -> T:
+    """Return a part if it is an instance of `kind`; raise, with a hint, if it is not."""
+    if isinstance(given, kind) and not isinstance(given, type):
+        return given
+    hint = "; an added float tensor is position=Bias(tensor)" if isinstance(given, Tensor) else ""
+    if isinstance(given, type):
+        hint = f"; did you mean {given.__name__}(...), an instance"
+    wanted = f"a regard {kind.__name__}"
+    if name == "score":
+        wanted = "a regard Score, or a function of (query, key, i, j)"
+    raise DtypeError(f"{name} must be {wanted}, not {given!r}{hint}.")
 
 
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from regard import errors
 from regard.dropout import Dropout
 from regard.mask import Compiled, Dense, Mask, compile_mask
 from regard.normalizer import Normalizer, Softmax
+from regard.opaque import opaque
 from regard.part import Index
 from regard.position import Position
 from regard.rule import Rule
@@ -24,12 +25,11 @@ if TYPE_CHECKING:
     from regard.explain import Explanation
     from regard.form.looks import TopK
 
-T = TypeVar("T")
-
 DENSE_LIMIT = 2**26
 """Numbers that may be stored without being told to: 256 MiB in float32."""
 
 
+@opaque
 def attention(
     query: Tensor,
     key: Tensor,
@@ -65,18 +65,18 @@ def attention(
     errors.check_pair("key", key, "query", query)
     batch = errors.broadcast_batch(query, key)
     if not isinstance(score, Score):
-        function: Any = _check_part("score", score, Callable)  # type: ignore[arg-type]
+        function: Any = errors.check_kind("score", score, Callable)  # type: ignore[arg-type]
         score = Custom(function).probe(query, key)
     score.check(query, key)
     mask = Dense(mask) if isinstance(mask, Tensor) else mask
-    _check_part("normalizer", normalizer, Normalizer)
+    errors.check_kind("normalizer", normalizer, Normalizer)
     for name, part, kind in (
         ("position", position, Position),
         ("mask", mask, Mask),
         ("dropout", dropout, Dropout),
     ):
         if part is not None:
-            _check_part(name, part, kind)
+            errors.check_kind(name, part, kind)
     for formula in (score, position, normalizer):
         if formula is not None:
             errors.check_device(repr(formula), formula.tensors(), query.device)
@@ -90,7 +90,8 @@ def attention(
     return Attention(query, key, Rule(score, position, normalizer), mask, dropout)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+# Not frozen: torch.compile rebuilds frozen dataclasses from placeholders, which parts refuse.
+@dataclass(eq=False, repr=False)
 class Attention:
     """A lazy attention matrix, made by `regard.attention`; rows are queries, columns are keys.
 
@@ -161,6 +162,7 @@ class Attention:
         """output_i = sum_j weight_ij value_j, in the cheapest exact form."""
         return self.matmul(value)
 
+    @opaque
     def matmul(self, value: Tensor, *, form: str | None = None) -> Tensor:
         """output_i = sum_j weight_ij value_j: [*batch, key heads, m, e] -> [*batch, heads, n, e].
 
@@ -178,6 +180,7 @@ class Attention:
         errors.check_factor("value", self.shape, value, errors.heads_of(self.key))
         return forms.product(self, value, form)
 
+    @opaque
     def __getitem__(self, index: Any) -> Tensor | Attention:
         """Rows, columns and blocks as tensors; whole batch entries and heads stay lazy.
 
@@ -195,6 +198,7 @@ class Attention:
 
         return indexing.take(self, index)
 
+    @opaque
     def dense(self, *, limit: int = DENSE_LIMIT) -> Tensor:
         """All weights, [*batch, heads, n, m], by the textbook formulas.
 
@@ -213,6 +217,7 @@ class Attention:
             )
         return dense.weights(self)
 
+    @opaque
     def logits(self, rows: Index | int = slice(None), columns: Index | int = slice(None)) -> Tensor:
         """Scores plus biases of a block, before the normalizer; -inf where the mask forbids.
 
@@ -232,6 +237,7 @@ class Attention:
         )
         return dense.logits(self, rows, columns)
 
+    @opaque
     def logsumexp(self) -> Tensor:
         """log sum_j exp(logit_ij), [*batch, heads, n]; -inf for a row without visible keys.
 
@@ -242,6 +248,7 @@ class Attention:
 
         return tiled.logsumexp(self)
 
+    @opaque
     @torch.no_grad()
     def topk(self, k: int) -> TopK:
         """The k largest weights of each row, descending, and their keys: (values, indices).
@@ -256,6 +263,7 @@ class Attention:
 
         return looks.topk(self, k)
 
+    @opaque
     @torch.no_grad()
     def entropy(self) -> Tensor:
         """Entropy of each row in nats, [*batch, heads, n]; its exp is an effective number of keys.
@@ -267,6 +275,7 @@ class Attention:
 
         return looks.entropy(self)
 
+    @opaque
     @torch.no_grad()
     def distance(self, *, offset: int = 0) -> Tensor:
         """Mean distance |i + offset - j| that each row looks, [*batch, heads, n].
@@ -283,6 +292,7 @@ class Attention:
         ones = self.query.new_ones(self.shape[-2], 1)
         return (self.mT @ ones)[..., 0]
 
+    @opaque
     @torch.no_grad()
     def pool(self, size: int, reduce: str = "mean") -> Tensor:
         """The whole map in cells of size x size pairs: [*batch, heads, ceil(n/size), ceil(m/size)].
@@ -294,6 +304,7 @@ class Attention:
 
         return looks.pool(self, size, reduce)
 
+    @opaque
     def explain(self, value: Tensor | None = None) -> Explanation:
         """Say which form runs and why, its work, its bytes and its memory; nothing is computed.
 
@@ -311,7 +322,7 @@ class Attention:
 
     def with_normalizer(self, normalizer: Normalizer) -> Attention:
         """The same logits under another normalizer."""
-        _check_part("normalizer", normalizer, Normalizer).check_heads(self.shape[:-2])
+        errors.check_kind("normalizer", normalizer, Normalizer).check_heads(self.shape[:-2])
         return replace(self, rule=replace(self.rule, normalizer=normalizer))
 
     def narrow(self, index: tuple[Any, ...]) -> Attention:
@@ -362,6 +373,7 @@ class Transposed:
         """y_j = sum_i weight_ij x_i, differentiable."""
         return self.matmul(x)
 
+    @opaque
     def matmul(self, x: Tensor, *, form: str | None = None) -> Tensor:
         """y_j = sum_i weight_ij x_i: [*batch, heads, n, e] -> [*batch, heads, m, e].
 
@@ -384,15 +396,3 @@ class Transposed:
 
     def __repr__(self) -> str:
         return f"{self.matrix!r}, transposed"
-
-
-def _check_part(name: str, given: Any, kind: type[T]) -> T:
-    if isinstance(given, kind) and not isinstance(given, type):
-        return given
-    hint = "; an added float tensor is position=Bias(tensor)" if isinstance(given, Tensor) else ""
-    if isinstance(given, type):
-        hint = f"; did you mean {given.__name__}(...), an instance"
-    wanted = f"a regard {kind.__name__}"
-    if name == "score":
-        wanted = "a regard Score, or a function of (query, key, i, j)"
-    raise errors.DtypeError(f"{name} must be {wanted}, not {given!r}{hint}.")

@@ -164,6 +164,10 @@ class Runs:
         return spans
 
     def __and__(self, other: Runs) -> Runs:
+        if self.simple and other.simple:  # no sorting: a tenth of the time and of the memory
+            one, two = self._interval(), other._interval()
+            start, stop = torch.maximum(one[0], two[0]), torch.minimum(one[1], two[1])
+            return Runs.intervals(start, stop, self.columns)
         return _combine(self, other, 2)
 
     def __or__(self, other: Runs) -> Runs:
@@ -205,6 +209,16 @@ class Runs:
     @property
     def _count(self) -> int:
         return math.prod(self.batch) * self.rows
+
+    def _interval(self) -> tuple[Tensor, Tensor]:
+        """Start and stop of each row's only run, [*batch, rows] each; 0 and 0 without one."""
+        some = self.offsets.diff() > 0
+        edges = []
+        for edge in (self.start, self.stop):
+            whole = edge.new_zeros(self._count)
+            whole[some] = edge
+            edges.append(whole.reshape(*self.batch, self.rows))
+        return edges[0], edges[1]
 
     def _lines(self, rows: Index) -> Tensor:
         i = positions(rows, self.rows, self.start.device)

@@ -212,6 +212,19 @@ def test_parts_and_matrices_can_be_copied_and_sent():
         assert torch.equal(twin.dense(), A.dense())
 
 
+def test_compiled_functions_give_the_same_numbers():
+    """torch.compile breaks its graph at the matrix and runs it as it is."""
+
+    def look(x, value):
+        A = attention(2 * x, x, mask=Causal(), position=Alibi.of(4), normalizer=Softmax(0.0))
+        return A @ value, A.entropy(), A[..., 1, :] + 1, A.mT @ value
+
+    x, value = torch.randn(2, 2, 4, 6, 8, dtype=torch.float64).unbind(0)
+    compiled = torch.compile(look, backend="eager")(x, value)
+    for one, other in zip(compiled, look(x, value), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_the_seed_of_dropout_comes_from_torch():
     torch.manual_seed(9)
     first = Dropout(0.1)

@@ -174,6 +174,20 @@ def test_detach_keeps_the_numbers_and_drops_the_graph():
     assert torch.equal(kept.dense(), A.dense())
 
 
+def test_a_compiled_layer_gives_the_same_numbers():
+    """torch.compile breaks its graph at the matrix, and must not look inside."""
+    layer = SelfAttention(8, 2, score=Additive.of(2, 4), position=Alibi.of(2)).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    results = []
+    for run in (layer, torch.compile(layer, backend="eager")):
+        layer.zero_grad()
+        output, A = run(x, mask=Causal())
+        (output.square().sum() + A.logsumexp().sum()).backward()
+        results.append([output, A.entropy(), *(p.grad.clone() for p in layer.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_wrong_sizes_say_what_is_wrong():
     with pytest.raises(ShapeError, match=r"10 channels .* 4 heads"):
         MultiHeadAttention(10, 4)

@@ -14,6 +14,7 @@ from regard.mask import Mask
 from regard.matrix import Attention, attention
 from regard.nn.learnable import Learnable
 from regard.normalizer import Normalizer, Softmax
+from regard.opaque import opaque
 from regard.part import Part
 from regard.position import Position
 from regard.score import Dot, PairFunction, Score
@@ -43,6 +44,7 @@ class _Heads(nn.Module):
         self.position = _held(position)
         self.normalizer = _held(normalizer)
 
+    @opaque
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None
     ) -> tuple[Tensor, Attention]:
