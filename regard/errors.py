@@ -6,6 +6,7 @@ A message says what was asked, what was given, and what would work.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -76,11 +77,11 @@ def check_number(
     Traceback (most recent call last):
     regard.errors.DtypeError: topk's k must be a whole number, not 2.5.
     """
-    kinds = (int,) if whole else (int, float)
-    if isinstance(number, bool) or not isinstance(number, kinds):
+    kind = Integral if whole else Real  # of any library, such as numpy's
+    if isinstance(number, bool) or not isinstance(number, kind):
         wanted = "a whole number" if whole else "a number"
         raise DtypeError(f"{name} must be {wanted}, not {number!r}.")
-    if least is not None and not number >= least:
+    if least is not None and not float(number) >= least:
         raise ValueError(f"{name} must be at least {least}, not {number!r}.")
 
 
@@ -191,7 +192,7 @@ def broadcast_batch(query: Tensor, key: Tensor) -> tuple[int, ...]:
     h // (heads / key heads).
     """
     heads, key_heads = heads_of(query), heads_of(key)
-    if not groups(heads, key_heads) and heads != 1:
+    if not (groups(heads, key_heads) and heads >= key_heads) and heads != 1:
         raise ShapeError(
             f"query has {heads} heads and key has {key_heads}; the number of query heads must be "
             "a multiple of the number of key heads (grouped-query attention). "
@@ -236,13 +237,19 @@ def check_factor(name: str, shape: Sequence[int], x: Tensor, key_heads: int) -> 
         ) from None
 
 
+def fits(given: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a shape broadcasts to another without enlarging it.
+
+    >>> fits((3, 1), (2, 3, 4)), fits((2, 3, 4), (3, 4))
+    (True, False)
+    """
+    missing = len(wanted) - len(given)
+    return missing >= 0 and all(g in (1, w) for g, w in zip(given, wanted[missing:], strict=True))
+
+
 def check_fits(what: str, given: Sequence[int], batch: Sequence[int]) -> None:
     """Raise unless axes `given` broadcast to the matrix's [*batch, heads] without enlarging it."""
-    try:
-        fits = torch.broadcast_shapes(given, batch) == torch.Size(batch)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not fits(given, batch):
         raise ShapeError(
             f"{what} has batch and head axes {show(given)}, but the matrix has {show(batch)} "
             "([*batch, heads]); each must be equal or 1. Masks about tokens (Padding, Documents, "

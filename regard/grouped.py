@@ -37,7 +37,6 @@ def matmul_transposed(weights: Tensor, left: Tensor, like: Tensor) -> Tensor:
     size = _group(weights, like)
     if size == 1:
         return (weights.mT @ left).sum_to_size(like.shape)
-    left = left.expand(*left.shape[:-3], weights.shape[-3], *left.shape[-2:])
     return (_fold(weights, size).mT @ _fold(left, size)).sum_to_size(like.shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,10 +96,12 @@ def operand(tensor: Tensor, batch: tuple[int, ...], index: tuple[Any, ...]) -> T
 
 def _rows(matrix: Attention, rows: Index, columns: Index) -> Tensor:
     """Whole rows by the definition, some at a time, of which the columns are kept."""
+    wide = matrix.wide()
+    operands = wide.rule.operands(wide.query, wide.key)
     at = positions(rows, matrix.shape[-2], matrix.device)
     line = max(matrix.shape[:-2].numel() * matrix.shape[-1], 1)
     pieces = [
-        dense.weights(matrix, piece)[..., columns]
+        dense.weights(wide, piece, operands)[..., columns].to(matrix.dtype)
         for piece in at.split(max(TILE_NUMBERS // line, 1))
     ]
     return torch.cat(pieces, -2)
@@ -106,14 +109,13 @@ def _rows(matrix: Attention, rows: Index, columns: Index) -> Tensor:
 
 def _columns(matrix: Attention, columns: Index) -> Tensor:
     """Some columns of all rows: one pass over the tiles for the rows' statistics, then a block."""
-    normalizer = matrix.normalizer
-    logits = dense.logits(matrix, EVERY, columns)
-    weights = normalizer.weights(logits, tiled.rows(matrix)).to(matrix.dtype)
-    if matrix.dropout is None:
-        return weights
-    n, m = matrix.shape[-2:]
-    at = positions(EVERY, n, matrix.device), positions(columns, m, matrix.device)
-    return weights * matrix.dropout.factors(matrix.lanes, *at, weights.dtype)
+    wide = matrix.wide()
+    weights = wide.normalizer.weights(dense.logits(wide, EVERY, columns), tiled.rows(wide))
+    if matrix.dropout is not None:
+        n, m = matrix.shape[-2:]
+        at = positions(EVERY, n, matrix.device), positions(columns, m, matrix.device)
+        weights = weights * matrix.dropout.factors(matrix.lanes, *at, weights.dtype)
+    return weights.to(matrix.dtype)
 
 
 def _complete(index: Any, matrix: Attention) -> list[Any]:
@@ -136,10 +138,12 @@ def _complete(index: Any, matrix: Attention) -> list[Any]:
 
 
 def _plain(pick: Any) -> Any:
-    """Numbers that are not Python integers, such as a tensor without axes, as one."""
-    if isinstance(pick, Tensor) and pick.dim() == 0 and not pick.is_floating_point():
-        return int(pick)
-    return pick
+    """Whole numbers of other kinds, such as numpy's or a tensor without axes, as Python's."""
+    if isinstance(pick, Tensor):
+        whole = pick.dim() == 0 and not (pick.is_floating_point() or pick.dtype == torch.bool)
+    else:
+        whole = isinstance(pick, Integral) and not isinstance(pick, bool)
+    return int(pick) if whole else pick
 
 
 def _batch_pick(pick: Any, size: int, axis: int) -> Any:

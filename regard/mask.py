@@ -148,6 +148,8 @@ class Prefix(Mask):
 class Padding(Mask):
     """Keys that are real; the others are visible to no row.
 
+    Real keys in several pieces are exact, too, but each piece is a run of every row.
+
     keep: bool [*batch, m], True = a real token (the head axis is added)
     Raises DtypeError unless bool, ShapeError where m is not the key length.
 
@@ -184,11 +186,7 @@ class Padding(Mask):
         errors.check_length("Padding", self.keep, columns, "keys")
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        line = Runs.dense(_add_heads(self.keep, 1)[..., None, :])
-        # Every row of a sequence has the runs of its one line of keys.
-        twin = Runs((*line.batch, 1), 1, columns, line.offsets, line.start, line.stop)
-        wide = twin.expand((*line.batch, rows))
-        return Runs(line.batch, rows, columns, wide.offsets, wide.start, wide.stop)
+        return Runs.dense(_add_heads(self.keep, 1)[..., None, :]).repeat(rows)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -284,7 +282,8 @@ class Dense(Mask):
             )
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        return Runs.dense(self.keep.expand(*self.keep.shape[:-2], rows, columns))
+        keep = self.keep.expand(*self.keep.shape[:-1], columns)
+        return Runs.dense(keep).repeat(rows) if keep.shape[-2] == 1 else Runs.dense(keep)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regard import errors
+from regard.custom import Custom, PairFunction
 from regard.dropout import Dropout
 from regard.mask import Compiled, Dense, Mask, compile_mask
 from regard.normalizer import Normalizer, Softmax
@@ -19,7 +20,8 @@ from regard.part import Index
 from regard.position import Position
 from regard.rule import Rule
 from regard.runs import Runs
-from regard.score import Custom, Dot, PairFunction, Score
+from regard.score import Dot, Score
+from regard.transposed import Transposed
 
 if TYPE_CHECKING:
     from regard.explain import Explanation
@@ -187,6 +189,7 @@ class Attention:
         Indices are those of a tensor of the same shape: `A[..., 17, :]` is what position 17 attends
         to, `A[..., :, 3]` who attends to key 3, `A[0, 5]` one head, lazily. Lazy is what leaves
         both last axes out or gives them as `:`; any other slice makes a tensor, however long.
+        Of grouped heads, `A[:, :2]` takes a value with two heads, like any matrix of two heads.
         A row or a block costs the logits of its whole rows, a column one pass over the tiles.
         Raises ShapeError for None, and for two lists of positions, which would pair.
 
@@ -215,7 +218,7 @@ class Attention:
                 "the largest weights, A.pool(256) the whole map in cells, A @ value the output. To "
                 f"store them all the same: dense(limit={numbers})."
             )
-        return dense.weights(self)
+        return dense.weights(self.wide()).to(self.dtype)
 
     @opaque
     def logits(self, rows: Index | int = slice(None), columns: Index | int = slice(None)) -> Tensor:
@@ -235,7 +238,7 @@ class Attention:
                 (rows, columns), self.shape[-2:], ("row", "column"), strict=True
             )
         )
-        return dense.logits(self, rows, columns)
+        return dense.logits(self.wide(), rows, columns).to(self.dtype)
 
     @opaque
     def logsumexp(self) -> Tensor:
@@ -314,6 +317,13 @@ class Attention:
 
         return explain.explain(self, value)
 
+    def wide(self) -> Attention:
+        """The same matrix computed in float32, if its dtype is a half precision; else itself."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if dtype == self.dtype:
+            return self
+        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype))
+
     def detach(self) -> Attention:
         """The same matrix without gradients: what to keep for looking at it later."""
         tensors = [tensor.detach() for tensor in self.rule.tensors()]
@@ -350,49 +360,3 @@ class Attention:
         from regard import picture
 
         return picture.html(self)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Transposed:
-    """The transpose of an attention matrix: rows are keys, columns are queries."""
-
-    matrix: Attention
-
-    @property
-    def shape(self) -> torch.Size:
-        """(*batch, heads, m, n)."""
-        *batch, n, m = self.matrix.shape
-        return torch.Size((*batch, m, n))
-
-    @property
-    def mT(self) -> Attention:
-        """The matrix itself."""
-        return self.matrix
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """y_j = sum_i weight_ij x_i, differentiable."""
-        return self.matmul(x)
-
-    @opaque
-    def matmul(self, x: Tensor, *, form: str | None = None) -> Tensor:
-        """y_j = sum_i weight_ij x_i: [*batch, heads, n, e] -> [*batch, heads, m, e].
-
-        Raises as `Attention.matmul` does.
-
-        >>> attention(torch.zeros(3, 1), torch.zeros(2, 1)).mT.matmul(torch.ones(3, 1))
-        tensor([[1.5000],
-                [1.5000]])
-        """
-        from regard import form as forms
-
-        errors.check_tensor("x", x)
-        errors.check_pair("x", x, "query", self.matrix.query)
-        errors.check_factor("x", self.shape, x, 1)
-        return forms.product_transposed(self.matrix, x, form)
-
-    def dense(self, *, limit: int = DENSE_LIMIT) -> Tensor:
-        """All weights, transposed; see `Attention.dense`."""
-        return self.matrix.dense(limit=limit).mT
-
-    def __repr__(self) -> str:
-        return f"{self.matrix!r}, transposed"

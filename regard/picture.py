@@ -71,7 +71,7 @@ def png(shade: Tensor) -> str:
 
 def _first_heads(matrix: Attention) -> Attention:
     """The first entry of every batch axis, and the first heads; all of them for a user's score."""
-    from regard.score import Custom
+    from regard.custom import Custom
 
     batch = matrix.shape[:-2]
     if not batch or isinstance(matrix.score, Custom):

@@ -91,15 +91,29 @@ class Runs:
         inside = sums.flatten()[first + runs.stop] - sums.flatten()[first + runs.start]
         return (runs._row_sums(inside) > 0).reshape(*batch, self.rows)
 
-    def seen(self) -> Tensor:
-        """Which keys some row sees, [*batch, columns]."""
-        lanes = math.prod(self.batch)
-        lane = self._owner() // max(self.rows, 1)
-        steps = torch.zeros(lanes, self.columns + 1, dtype=torch.long, device=self.start.device)
-        one = torch.ones_like(lane)
-        steps.index_put_((lane, self.start.long()), one, accumulate=True)
-        steps.index_put_((lane, self.stop.long()), -one, accumulate=True)
-        return (steps.cumsum(-1)[:, :-1] > 0).reshape(*self.batch, self.columns)
+    def reached(self, marked: Tensor) -> Tensor:
+        """Which keys a marked row sees: bool [*batch', rows] -> [*broadcast batch, columns]."""
+        batch = tuple(torch.broadcast_shapes(self.batch, marked.shape[:-1]))
+        runs = self.expand(batch)
+        owner = runs._owner()
+        lane = owner // max(self.rows, 1)
+        step = marked.expand(*batch, -1).flatten()[owner].long()
+        steps = step.new_zeros(math.prod(batch), self.columns + 1)
+        steps.index_put_((lane, runs.start.long()), step, accumulate=True)
+        steps.index_put_((lane, runs.stop.long()), -step, accumulate=True)
+        return (steps.cumsum(-1)[:, :-1] > 0).reshape(*batch, self.columns)
+
+    def repeat(self, rows: int) -> Runs:
+        """The same keys for `rows` rows, of a mask with one row."""
+        lines = Runs((*self.batch, 1), 1, self.columns, self.offsets, self.start, self.stop)
+        wide = lines.expand((*self.batch, rows))
+        return Runs(self.batch, rows, self.columns, wide.offsets, wide.start, wide.stop)
+
+    @cached_property
+    def reach(self) -> int:
+        """How many keys a row sees on average."""
+        seen = int((self.stop.long() - self.start).sum())
+        return seen // max(self._count, 1)
 
     def keep(self, rows: Index, columns: Index) -> Tensor:
         """Whether each pair of a tile is visible: bool [*batch, r, c]."""

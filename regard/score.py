@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from regard import errors, grouped
 from regard.part import Part, per_head
-from regard.trace import Trace
 
 
 class Score(Part):
@@ -162,8 +161,8 @@ class Distance(Score):
 
     With softmax these are the weights of a Gaussian kernel (Nadaraya-Watson).
     scale: a number, or a tensor that broadcasts to [*batch, heads]
-    Cost: 2 d flops per pair, by |q|^2 - 2 q.k + |k|^2 about the mean key: a common offset of all
-    vectors changes no distance, and taking it out first keeps the rounding error small.
+    Cost: 3 d flops per pair, each difference taken for itself: |q|^2 - 2 q.k + |k|^2 is a matrix
+    product but loses all digits where the vectors are far from 0 and near to each other.
     Tsai et al. 2019, arXiv:1908.11775, section 3 (attention as kernel smoothing).
 
     >>> query, key = torch.tensor([[3.0]]), torch.tensor([[1.0]])
@@ -176,21 +175,18 @@ class Distance(Score):
     def __post_init__(self) -> None:
         errors.check_scale("Distance's scale", self.scale)
 
-    def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        if key.shape[-2] == 0:
-            return query, key
-        axes = (-3, -2) if key.dim() > 2 else (-2,)
-        centre = key.detach().mean(axes, keepdim=True)
-        return query - centre, key - centre
-
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        key_norm = grouped.match(
-            key.square().sum(-1, keepdim=True), errors.heads_of(query)
-        ).mT  # [h, 1, c]
-        cross = grouped.matmul(query, key.mT)
-        squared = query.square().sum(-1, keepdim=True) - 2 * cross + key_norm
+        key = grouped.match(key, errors.heads_of(query))
+        difference = query[..., :, None, :] - key[..., None, :, :]  # [*, h, r, c, d]
+        squared = difference.square().sum(-1)
         scale = per_head(self.scale, squared) if isinstance(self.scale, Tensor) else self.scale
         return -scale * squared
+
+    def numbers_per_pair(self, width: int) -> int:
+        return 2 * width
+
+    def flops_per_pair(self, width: int) -> int:
+        return 3 * width
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -289,112 +285,3 @@ class PositionOnly(Score):
 
     def flops_per_pair(self, width: int) -> int:
         return 0
-
-
-PairFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Custom(Score):
-    """Your own score of a tile: function(query, key, i, j) -> [*batch, heads, r, c], in PyTorch.
-
-    query [*batch, heads, r, d] and key [*batch, heads, c, d] are rows of the whole tensors, i [r]
-    and j [c] their positions. The function must be pure: it is called for many tiles, and again
-    in the backward pass. Tensors it reads from outside (closures, globals, module parameters) get
-    their gradients: they are found by watching one call; a tile that reads others raises.
-
-    `regard.attention(score=function)` wraps a plain function by itself.
-
-    >>> import regard
-    >>> width = torch.tensor(2.0, requires_grad=True)
-    >>> def laplace(query, key, i, j):
-    ...     return -torch.cdist(query, key, p=1) / width
-    >>> A = regard.attention(torch.randn(6, 4), torch.randn(6, 4), score=laplace)
-    >>> (A @ torch.randn(6, 4)).sum().backward()
-    >>> width.grad.shape
-    torch.Size([])
-    """
-
-    function: PairFunction
-    dtype: torch.dtype = torch.float32
-    captured: tuple[Tensor, ...] = ()
-    originals: tuple[int, ...] = ()
-
-    def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        wide = query.dtype
-        # The function sees the caller's dtype, which is that of the tensors it brings along.
-        query, key = query.to(self.dtype), grouped.match(key, errors.heads_of(query)).to(self.dtype)
-        if not self.captured:
-            return self._checked(self.function(query, key, i, j), query, i, j).to(wide)
-        trace = Trace(dict(zip(self.originals, self.captured, strict=True)), own=(query, key))
-        with trace:
-            scores = self.function(query, key, i, j)
-        if trace.found:
-            raise errors.FormError(
-                f"{self} read a tensor that needs gradients, {tuple(trace.found[0].shape)}, which "
-                "it did not read on its first tile, so that its gradient would be lost; read every "
-                "such tensor on every call, or multiply with form='dense'."
-            )
-        return self._checked(scores, query, i, j).to(wide)
-
-    def probe(self, query: Tensor, key: Tensor) -> Custom:
-        """Call the function on one pair of zeros to find what it reads that needs gradients."""
-        shapes = [(*x.shape[:-2], 1, x.shape[-1]) for x in (query, key)]
-        one = [query.new_zeros(shape) for shape in shapes]
-        at = torch.zeros(1, dtype=torch.long, device=query.device)
-        key_one = grouped.match(one[1], errors.heads_of(query))
-        trace, random = Trace({}, own=()), _random_state(query.device)
-        with torch.enable_grad(), trace:
-            self._checked(self.function(one[0], key_one, at, at), one[0], at, at)
-        if not all(map(torch.equal, random, _random_state(query.device))):
-            raise errors.FormError(
-                f"score function {self} drew random numbers; it is called again for the backward "
-                "pass and must give the same scores. For dropout on the weights, give "
-                "attention(..., dropout=Dropout(p)); draw noise before, and index it by i, j."
-            )
-        if one[0]._version or key_one._version:
-            raise errors.FormError(
-                f"score function {self} changes its query or key in place, and they are views of "
-                "yours; write query * 2 instead of query.mul_(2)."
-            )
-        found = tuple(trace.found)
-        return replace(self, dtype=query.dtype, captured=found, originals=tuple(map(id, found)))
-
-    def check(self, query: Tensor, key: Tensor) -> None:
-        """Any widths fit, as far as `regard` can know."""
-
-    def check_heads(self, batch: object) -> None:
-        """Captured tensors have any shape."""
-
-    def narrow(self, batch: tuple[int, ...], index: tuple[object, ...]) -> Custom:
-        raise errors.ShapeError(
-            f"{self} may hold tensors for all batch entries and heads, so one head cannot be split "
-            "off; index rows and columns of all of them first, such as A[..., rows, :][0, 3]."
-        )
-
-    def numbers_per_pair(self, width: int) -> int:
-        """Assume that the function broadcasts over the width, as additive scores do."""
-        return 2 * max(width, 1)
-
-    def __repr__(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
-
-    def _checked(self, scores: object, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        wanted = (*query.shape[:-2], i.numel(), j.numel())
-        if not isinstance(scores, Tensor) or scores.is_complex():
-            given = f"dtype {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise errors.DtypeError(
-                f"score function {self} must return a tensor of real numbers, not {given}."
-            )
-        if scores.dim() < 2 or scores.shape[-2:] != wanted[-2:]:
-            raise errors.ShapeError(
-                f"score function {self} returned shape {errors.show(scores.shape)} for "
-                f"{i.numel()} rows and {j.numel()} columns; it must return {errors.show(wanted)}, "
-                "or something that broadcasts over the leading axes."
-            )
-        return scores
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -3,7 +3,8 @@
 A user's score may read tensors that need gradients from a closure, a global or a module. Code that
 recomputes tiles must know them (or their gradients are silently lost, as happened elsewhere:
 cornellius-gp/linear_operator issue 55) and must run the function on detached copies of them.
-Looking into closures misses globals and attributes; watching the calls misses nothing that is read.
+Looking into closures misses globals and attributes; watching torch's own calls finds those, too.
+What only a compiled or custom operation reads is not seen: `graph_leaves` finds that it was there.
 """
 
 from __future__ import annotations
@@ -61,6 +62,26 @@ class Trace(TorchFunctionMode):
     def _wrote(self, tensor: Tensor) -> Tensor:
         self._inside[id(tensor)] = tensor
         return tensor
+
+
+def graph_leaves(result: Tensor) -> list[Tensor]:
+    """The leaves that a result's gradient would reach.
+
+    >>> import torch
+    >>> weight = torch.ones(3, requires_grad=True)
+    >>> [leaf is weight for leaf in graph_leaves(weight.exp().sum())]
+    [True]
+    """
+    seen, todo, leaves = set(), [result.grad_fn], []
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        todo.extend(following for following, _ in node.next_functions)
+    return leaves
 
 
 def _each(item: Any, change: Callable[[Tensor], Tensor]) -> Any:

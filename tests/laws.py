@@ -25,6 +25,7 @@ from regard import (
     Distance,
     Documents,
     Dot,
+    Dropout,
     Identity,
     Padding,
     PositionOnly,
@@ -171,15 +172,19 @@ class Case:
 
     def build(self, dtype: torch.dtype) -> tuple[Attention, Tensor]:
         s, draw = self.sizes, Draw(self.seed, dtype, one_sign=self.normalizer == "row sum")
+        # Batch axes that broadcast, one way after the other; dropout for every third seed.
+        way = self.seed % 4
         matrix = attention(
-            draw.normal(s.batch, s.heads, s.n, s.width),
-            draw.normal(s.batch, s.key_heads, s.m, s.width),
+            draw.normal(1 if way == 3 else s.batch, s.heads, s.n, s.width),
+            draw.normal(1 if way == 2 else s.batch, s.key_heads, s.m, s.width),
             score=SCORES[self.score](draw, s),
             position=POSITIONS[self.position](draw, s),
             mask=MASKS[self.mask](draw, s),
             normalizer=NORMALIZERS[self.normalizer](draw, s),
+            dropout=Dropout(0.3, seed=self.seed) if self.seed % 3 == 0 else None,
         )
-        return matrix, draw.normal(s.batch, s.key_heads, s.m, s.value_width)
+        more = (2, s.batch) if way == 1 else (1,)
+        return matrix, draw.normal(*more, s.key_heads, s.m, s.value_width)
 
 
 cases = st.builds(
@@ -201,9 +206,8 @@ def inputs(matrix: Attention, value: Tensor) -> list[Tensor]:
 def on(matrix: Attention, tensors: list[Tensor], form: str) -> Tensor:
     """The product of the same parts on other `inputs`."""
     query, key, value, *own = tensors
-    return Attention(query, key, matrix.rule.with_tensors(own), matrix.mask).matmul(
-        value, form=form
-    )
+    rule = matrix.rule.with_tensors(own)
+    return Attention(query, key, rule, matrix.mask, matrix.dropout).matmul(value, form=form)
 
 
 def results(matrix: Attention, value: Tensor, form: str, seed: int = 0) -> dict[str, Tensor]:
@@ -231,7 +235,9 @@ def contributions(matrix: Attention, value: Tensor, seed: int = 0) -> dict[str, 
     output = matrix.matmul(value, form="dense")
     generator = torch.Generator().manual_seed(seed)
     loss = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    of_rows = loss * torch.eye(output.shape[-2], dtype=loss.dtype)[:, None, None, :, None]
+    rows = output.shape[-2]
+    eye = torch.eye(rows, dtype=loss.dtype).reshape(rows, *[1] * (loss.dim() - 2), rows, 1)
+    of_rows = loss * eye
     terms = torch.autograd.grad(
         output, list(names.values()), of_rows, is_grads_batched=True, allow_unused=True
     )

@@ -80,9 +80,9 @@ def test_imports_point_one_way():
     """errors <- parts <- matrix <- nn, look, cli; forms are fetched late by the matrix."""
     order = [
         {"errors"},
-        {"part", "grouped", "trace", "runs"},
-        {"dropout", "mask", "normalizer", "position", "score"},
-        {"rule"},
+        {"part", "grouped", "trace", "runs", "opaque"},
+        {"dropout", "mask", "normalizer", "position", "score", "custom"},
+        {"rule", "transposed"},
         {"matrix"},
         {"form", "indexing", "explain", "picture"},
         {"nn", "look"},

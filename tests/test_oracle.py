@@ -35,8 +35,8 @@ from regard import (
     Window,
     attention,
 )
+from regard.custom import Custom
 from regard.form import tiles
-from regard.score import Custom
 
 FORMS = ["dense", "tiled"]
 drawn = settings(max_examples=100, derandomize=True, deadline=None)

@@ -51,32 +51,46 @@ def applying(matrix: Attention) -> list[str]:
 def product(matrix: Attention, value: Tensor, name: str | None) -> Tensor:
     """The matrix times value, in the form named or chosen."""
     module = FORMS[choose(matrix, name)]
-    matrix, value, poisoned = shield(matrix, value)
-    output: Tensor = module.product(matrix, value)
-    return output if poisoned is None else torch.where(poisoned[..., None], torch.nan, output)
+    if matrix.runs is not None:
+        bad = _bad(value)
+        matrix, poisoned = shield(matrix, bad)
+        if poisoned is not None:
+            output: Tensor = module.product(matrix, value.masked_fill(bad[..., None], 0))
+            return torch.where(poisoned[..., None], torch.nan, output)
+    output = module.product(matrix, value)
+    return output
 
 
 def product_transposed(matrix: Attention, x: Tensor, name: str | None) -> Tensor:
     """The transpose of the matrix times x, in the form named or chosen."""
-    output: Tensor = FORMS[choose(matrix, name)].product_transposed(matrix, x)
+    module = FORMS[choose(matrix, name)]
+    runs = matrix.runs
+    if runs is not None:
+        matrix, poisoned = shield(matrix, torch.zeros((), dtype=torch.bool, device=x.device))
+        bad = _bad(x) if poisoned is None else _bad(x) | poisoned
+        if bool(bad.any()):
+            clean = torch.where(bad[..., None], 0, x)
+            output: Tensor = module.product_transposed(matrix, clean)
+            return torch.where(runs.reached(bad)[..., None], torch.nan, output)
+    output = module.product_transposed(matrix, x)
     return output
 
 
-def shield(matrix: Attention, value: Tensor) -> tuple[Attention, Tensor, Tensor | None]:
+def shield(matrix: Attention, bad_value: Tensor) -> tuple[Attention, Tensor | None]:
     """Keep NaN and infinity away from the rows that may not see them.
 
-    0 * NaN is NaN, so in a matrix product a forbidden key would still spoil every row. Numbers
-    that are not finite are set to 0, and the rows that see one are marked: their output is NaN.
+    0 * NaN is NaN, so in a matrix product a forbidden key would still spoil every row. Queries and
+    keys that are not finite are set to 0, and the rows that see one are marked, [*batch, n]: their
+    output is NaN. None if there are none, or without a mask, under which every row sees all keys.
+    bad_value: which values are not finite, [*batch, m]
     """
     if matrix.runs is None:
-        return matrix, value, None
-    bad_query = ~matrix.query.isfinite().all(-1)
-    bad_key = ~matrix.key.isfinite().all(-1)
-    bad_value = ~value.isfinite().all(-1)
+        return matrix, None
+    bad_query, bad_key = _bad(matrix.query), _bad(matrix.key)
     if not bool(bad_query.any() | bad_key.any() | bad_value.any()):
-        return matrix, value, None
-    poisoned = bad_query
-    for bad in (bad_key, bad_value):
+        return matrix, None
+    poisoned = bad_query & (matrix.runs.counts() > 0)
+    for bad in (bad_key, bad_value.expand(*bad_value.shape[:-1], matrix.shape[-1])):
         heads = grouped.match(bad[..., None], matrix.shape[-3] if len(matrix.shape) > 2 else 1)
         poisoned = poisoned | matrix.runs.meets(heads[..., 0])
     clean = replace(
@@ -84,4 +98,8 @@ def shield(matrix: Attention, value: Tensor) -> tuple[Attention, Tensor, Tensor 
         query=matrix.query.masked_fill(bad_query[..., None], 0),
         key=matrix.key.masked_fill(bad_key[..., None], 0),
     )
-    return clean, value.masked_fill(bad_value[..., None], 0), poisoned
+    return clean, poisoned
+
+
+def _bad(vectors: Tensor) -> Tensor:
+    return ~vectors.isfinite().all(-1)

@@ -22,9 +22,17 @@ def needs(matrix: Attention) -> str | None:
     return None
 
 
-def logits(matrix: Attention, rows: Index, columns: Index) -> Tensor:
-    """logit_ij = score(query_i, key_j) + bias_ij where visible, else -inf: [*batch, r, c]."""
-    query, key = matrix.rule.operands(matrix.query, matrix.key)
+Operands = tuple[Tensor, Tensor]
+
+
+def logits(
+    matrix: Attention, rows: Index, columns: Index, operands: Operands | None = None
+) -> Tensor:
+    """logit_ij = score(query_i, key_j) + bias_ij where visible, else -inf: [*batch, r, c].
+
+    operands: query and key as the rule prepares them, where the caller has them already
+    """
+    query, key = operands or matrix.rule.operands(matrix.query, matrix.key)
     i = positions(rows, query.shape[-2], query.device)
     j = positions(columns, key.shape[-2], query.device)
     keep = None if matrix.runs is None else matrix.runs.keep(rows, columns)
@@ -33,10 +41,11 @@ def logits(matrix: Attention, rows: Index, columns: Index) -> Tensor:
     return tile.expand(*matrix.shape[:-2], i.numel(), j.numel())
 
 
-def weights(matrix: Attention, rows: Index = slice(None)) -> Tensor:
+def weights(
+    matrix: Attention, rows: Index = slice(None), operands: Operands | None = None
+) -> Tensor:
     """Weights of whole rows: the normalizer of a row of logits, then dropout. [*batch, r, m]."""
-    every = slice(None)
-    result = matrix.rule.normalizer.whole(logits(matrix, rows, every))
+    result = matrix.rule.normalizer.whole(logits(matrix, rows, slice(None), operands))
     if matrix.dropout is not None:
         i = positions(rows, matrix.shape[-2], result.device)
         j = torch.arange(matrix.shape[-1], device=result.device)

@@ -93,21 +93,21 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise errors.FormError(
-                "form 'tiled' has first derivatives only, and create_graph=True asks for more; "
-                "multiply with A.matmul(value, form='dense') to differentiate twice."
-            )
         peak, total, query, key, x, *tensors = ctx.saved_tensors
         doutput, _, dtotal = from_above
         tiles = ctx.tiles.with_rule_on([tensor.detach() for tensor in tensors])
         if doutput is None:
             length = tiles.shape[-1 if ctx.transposed else -2]
             doutput = x.new_zeros(*tiles.output_batch(x), length, x.shape[-1])
+        if torch._C._are_functorch_transforms_active():
+            raise errors.FormError(
+                "form 'tiled' has no gradients inside torch.func transforms; use "
+                "torch.autograd.grad or .backward(), or A.matmul(value, form='dense')."
+            )
         left, right = (x, doutput) if ctx.transposed else (doutput, x)
         wanted = ctx.needs_input_grad[2:]
         wants_query, wants_key, wants_x, *wants_own = wanted
-        with _plain(query):
+        with torch.no_grad(), _plain(query):
             wants_right = wants_x and not ctx.transposed
             back = Backward(
                 tiles, query, key, right, (wants_query, wants_key, wants_right, *wants_own)
@@ -116,16 +116,48 @@ class _Product(torch.autograd.Function):
             dx = back.right
             if ctx.transposed and wants_x:
                 dx = tiles.product(query, key, doutput)[0].sum_to_size(x.shape)
-        gradients = (back.query, back.key, dx, *back.home.tensors())
-        return (
-            None,
-            None,
-            *(
-                gradient.to(tensor.dtype) if needed else None
-                for gradient, tensor, needed in zip(
-                    gradients, (query, key, x, *tensors), wanted, strict=True
-                )
-            ),
+        inputs = (query, key, x, *tensors)
+        gradients = [
+            gradient.to(tensor.dtype) if needed else None
+            for gradient, tensor, needed in zip(
+                (back.query, back.key, dx, *back.home.tensors()), inputs, wanted, strict=True
+            )
+        ]
+        if torch.is_grad_enabled():
+            once: Any = _Once.apply
+            gradients = [g if g is None else once(g, doutput, *inputs) for g in gradients]
+        return None, None, *gradients
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise errors.FormError(
+            "form 'tiled' cannot be mapped by torch.vmap; give query, key and value the mapped "
+            "axis as a batch axis, over which attention broadcasts."
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise errors.FormError(
+            "form 'tiled' has no forward-mode derivatives; A.matmul(value, form='dense') has."
+        )
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that may be part of a graph, as create_graph=True asks, but has no gradient."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *from_above: Tensor) -> Any:
+        raise errors.FormError(
+            "form 'tiled' has first derivatives only; multiply with "
+            "A.matmul(value, form='dense') to differentiate twice."
         )
 
 

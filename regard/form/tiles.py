@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 TILE_NUMBERS = 2**21
 LARGEST_SIDE = 1024
 SMALLEST_SIDE = 16
+# Below this side a tile costs as much as its Python does.
+NARROW_SIDE = 64
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,10 +69,15 @@ class Tiles:
         """Cut a matrix."""
         lanes = math.prod(matrix.shape[:-2])
         numbers = matrix.rule.score.numbers_per_pair(matrix.query.shape[-1])
+        length = side(lanes, numbers)
+        if matrix.runs is not None:
+            # Where rows see few keys, smaller tiles waste less on pairs that are not visible: a
+            # causal window of 257 at n = 65536 takes 0.9 s with side 256, 2.3 s with 1024.
+            near = 1 << round(math.log2(max(matrix.runs.reach, 1)))
+            length = min(length, max(near, min(length, NARROW_SIDE)))
         return Tiles(
-            matrix.rule, matrix.runs, matrix.dropout, matrix.lanes, tuple(matrix.shape),
-            side(lanes, numbers),
-        )  # fmt: skip
+            matrix.rule, matrix.runs, matrix.dropout, matrix.lanes, tuple(matrix.shape), length
+        )
 
     def with_rule_on(self, tensors: Sequence[Tensor]) -> Tiles:
         """The same tiles with the rule on other tensors."""
@@ -163,11 +170,11 @@ class Tiles:
             )
         return output, row
 
-    def output_batch(self, value: Sequence[int] | Tensor) -> tuple[int, ...]:
+    def output_batch(self, value: Tensor) -> tuple[int, ...]:
         """The batch and head axes of the matrix times value: value heads are shared by groups."""
-        axes = list(value.shape[:-2] if isinstance(value, Tensor) else value)
+        axes = list(value.shape[:-2])
         if axes and self.batch:
-            axes[-1] = max(axes[-1], self.batch[-1]) if axes[-1] != 1 else 1
+            axes[-1] = max(axes[-1], self.batch[-1])
         return tuple(torch.broadcast_shapes(axes, self.batch))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import errors
+from regard.custom import PairFunction
 from regard.dropout import Dropout
 from regard.mask import Mask
 from regard.matrix import Attention, attention
@@ -17,7 +18,7 @@ from regard.normalizer import Normalizer, Softmax
 from regard.opaque import opaque
 from regard.part import Part
 from regard.position import Position
-from regard.score import Dot, PairFunction, Score
+from regard.score import Dot, Score
 
 
 class _Heads(nn.Module):
@@ -39,6 +40,7 @@ class _Heads(nn.Module):
                 "the number of channels must be a multiple of num_heads."
             )
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        Dropout(dropout, seed=0)  # raises for what is no probability
         self.dropout = dropout
         self.score = _held(score)
         self.position = _held(position)
@@ -146,6 +148,12 @@ class MultiHeadAttention(_Heads):
             ("query", "key", "value"), (query, key, value), widths, strict=True
         ):
             _check_input(name, x, width)
+            if not self.batch_first and x.dim() > 3:
+                raise errors.ShapeError(
+                    f"{name} has shape {errors.show(x.shape)}; with batch_first=False it must be "
+                    "[length, batch, channels] or [length, channels]. batch_first=True takes any "
+                    "number of batch axes."
+                )
             inputs.append(x.transpose(0, 1) if x.dim() == 3 and not self.batch_first else x)
         packed, bias = self.in_proj_weight, self.in_proj_bias
         apart = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight

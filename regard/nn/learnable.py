@@ -32,9 +32,9 @@ class Learnable(nn.Module):
             if tensor.requires_grad:
                 self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
             else:
-                self.register_buffer(name, tensor)
-        # The layer's own tensors are the only ones: a second copy would not move or train.
-        self._part = part.with_tensors([tensor.detach() for tensor in part.tensors()])
+                self.register_buffer(name, tensor.clone())
+        # Only the shapes are kept of the part's own tensors: the module's are the ones that count.
+        self._part = part.with_tensors([tensor.detach().to("meta") for tensor in part.tensors()])
 
     def forward(self) -> Part:
         """The part on the module's present tensors."""
