@@ -165,7 +165,7 @@ def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
-def check_device(what: str, tensors: Iterable[Tensor], device: torch.device) -> None:
+def check_device(what: object, tensors: Iterable[Tensor], device: torch.device) -> None:
     """Raise unless every tensor of a part lives on `device`."""
     for tensor in tensors:
         if tensor.device != device:
@@ -247,7 +247,7 @@ def fits(given: Sequence[int], wanted: Sequence[int]) -> bool:
     return missing >= 0 and all(g in (1, w) for g, w in zip(given, wanted[missing:], strict=True))
 
 
-def check_fits(what: str, given: Sequence[int], batch: Sequence[int]) -> None:
+def check_fits(what: object, given: Sequence[int], batch: Sequence[int]) -> None:
     """Raise unless axes `given` broadcast to the matrix's [*batch, heads] without enlarging it."""
     if not fits(given, batch):
         raise ShapeError(

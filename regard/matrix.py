@@ -81,14 +81,14 @@ def attention(
             errors.check_kind(name, part, kind)
     for formula in (score, position, normalizer):
         if formula is not None:
-            errors.check_device(repr(formula), formula.tensors(), query.device)
+            errors.check_device(formula, formula.tensors(), query.device)
             formula.check_heads(batch)
     for placed in (position, mask):
         if placed is not None:
             placed.check(query.shape[-2], key.shape[-2])
     if mask is not None:
-        errors.check_device(repr(mask), mask.tensors(), query.device)
-        errors.check_fits(repr(mask), mask.axes(), batch)
+        errors.check_device(mask, mask.tensors(), query.device)
+        errors.check_fits(mask, mask.axes(), batch)
     return Attention(query, key, Rule(score, position, normalizer), mask, dropout)
 
 

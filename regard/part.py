@@ -58,7 +58,8 @@ class Part:
                 item.check_heads(batch)
             elif isinstance(item, Tensor):
                 axes = item.dim() - self.trailing.get(name, 0)
-                errors.check_fits(f"{self!r}, in its {name},", item.shape[:axes], batch)
+                if not errors.fits(item.shape[:axes], batch):
+                    errors.check_fits(f"{self!r}, in its {name},", item.shape[:axes], batch)
 
     def cut(self, rows: Index, columns: Index) -> Self:
         """The part as one tile needs it: views of its tensors, so that gradients add up in place.
