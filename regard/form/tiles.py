@@ -23,8 +23,8 @@ from regard.runs import Runs, Span
 if TYPE_CHECKING:
     from regard.matrix import Attention
 
-# Numbers held by one tile over all batch entries and heads. Measured on 2 cores with 1 MiB of
-# second-level cache each, n = 8192, width 64, float32, forward and backward: see bench/RESULTS.md.
+# Numbers held by one tile over all batch entries and heads: the fastest, or close to it, in
+# bench/tiles.py on two cores (bench/RESULTS.md).
 TILE_NUMBERS = 2**21
 LARGEST_SIDE = 1024
 SMALLEST_SIDE = 16
@@ -72,7 +72,7 @@ class Tiles:
         length = side(lanes, numbers)
         if matrix.runs is not None:
             # Where rows see few keys, smaller tiles waste less on pairs that are not visible: a
-            # causal window of 257 at n = 65536 takes 0.9 s with side 256, 2.3 s with 1024.
+            # causal window of 257 takes half the time with side 256 that it takes with 1024.
             near = 1 << round(math.log2(max(matrix.runs.reach, 1)))
             length = min(length, max(near, min(length, NARROW_SIDE)))
         return Tiles(
