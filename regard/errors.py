@@ -142,13 +142,18 @@ def check_kind(name: str, given: Any, kind: type[T]) -> T:
     """Return a part if it is an instance of `kind`; raise, with a hint, if it is not."""
     if isinstance(given, kind) and not isinstance(given, type):
         return given
-    hint = "; an added float tensor is position=Bias(tensor)" if isinstance(given, Tensor) else ""
+    hint = "; Dropout(0.1) makes one" if name == "dropout" else ""
     if isinstance(given, type):
         hint = f"; did you mean {given.__name__}(...), an instance"
+    if isinstance(given, Tensor):
+        hint = "; an added float tensor is position=Bias(tensor)"
+        given = f"a tensor {show(given.shape)}"
+    else:
+        given = repr(given)
     wanted = f"a regard {kind.__name__}"
     if name == "score":
         wanted = "a regard Score, or a function of (query, key, i, j)"
-    raise DtypeError(f"{name} must be {wanted}, not {given!r}{hint}.")
+    raise DtypeError(f"{name} must be {wanted}, not {given}{hint}.")
 
 
 def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -41,10 +41,10 @@ class Mask(Part):
         )
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
+        return And(self, _mask(other))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+        return Or(self, _mask(other))
 
     def __invert__(self) -> Mask:
         return Not(self)
@@ -364,6 +364,15 @@ class Compiled(Mask):
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _mask(other: object) -> Mask:
+    if not isinstance(other, Mask):
+        raise errors.DtypeError(
+            f"masks combine with masks, not with {type(other).__name__}; a bool tensor "
+            "[*batch, heads, n, m] is Dense(tensor), one of keys alone Padding(tensor)."
+        )
+    return other
 
 
 def _bracketed(mask: Mask, kinds: type[Mask] | tuple[type[Mask], ...]) -> str:

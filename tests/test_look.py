@@ -302,13 +302,13 @@ def test_options_that_do_not_apply_are_refused():
         (lambda: look(layer, (x, x, x), causal=True), "causal cannot be used with a model"),
         (lambda: look(arrays(), inputs=x), "inputs cannot be used with anything but a model"),
         (lambda: look("words", causal=True), "causal cannot be used with a text"),
-        (lambda: look(3), "a int cannot be looked at"),
+        (lambda: look(3), "int cannot be looked at"),
     ):
         with pytest.raises(DtypeError, match=words):
             call()
     with pytest.raises(ShapeError, match="at least one token"):
         look(arrays(), limit=0)
-    with pytest.raises(ShapeError, match="layers 2 were asked for, but there are 2"):
+    with pytest.raises(ShapeError, match="layers 2 were asked for.* 0 to 1"):
         look(arrays(), layers=[0, 2])
 
 
@@ -342,3 +342,20 @@ def test_the_records_are_at_hand():
     call = seen.captured[1]
     assert (call.matrix @ call.value).shape == (1, 4, 6, 8)
     assert CaptureError.__mro__[1].__name__ == "RegardError"
+
+
+def test_layers_keep_their_numbers_and_stand_in_order():
+    seen = look(arrays(layers=4), layers=(3, 1, 1))
+    assert [call.number for call in seen.captured] == [1, 3]
+    assert [layer["number"] for layer in payload.payload(seen.scene)["layers"]] == [1, 3]
+
+
+def test_a_look_is_short_in_a_terminal_and_a_text_is_no_file_or_input():
+    assert (
+        repr(look({"query": torch.randn(3, 2), "key": torch.randn(3, 2)}))
+        == "Look(arrays: 1 attention calls, 3 tokens); .save(path)"
+    )
+    with pytest.raises(SourceError, match="give Path"):
+        look("some/q.npz")
+    with pytest.raises(DtypeError, match="tokenize it first"):
+        look(torch.nn.MultiheadAttention(4, 2).eval(), "some text")

@@ -29,7 +29,7 @@ from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
 __all__ = ["CaptureError", "Captured", "Look", "SourceError", "capture", "look"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Look:
     """What was looked at. Shows itself in a notebook; `save` writes the page."""
 
@@ -50,6 +50,10 @@ class Look:
         target = Path(path)
         target.write_text(self.html, encoding="utf-8")
         return target
+
+    def __repr__(self) -> str:
+        calls = f"{len(self.captured)} attention calls"
+        return f"Look({self.scene.title}: {calls}, {self.scene.tokens.total} tokens); .save(path)"
 
     def _repr_html_(self) -> str:
         # An iframe keeps the page's script and styles apart from the notebook's, and survives
@@ -105,9 +109,11 @@ def look(
         if what.suffix not in ARRAY_FILES:
             raise SourceError(f"{what} is not one of {' or '.join(ARRAY_FILES)}; give text as str")
         return Look(of_file(what, causal=causal, limit=limit, layers=layers))
+    if isinstance(what, str) and what.endswith(tuple(ARRAY_FILES)):
+        raise SourceError(f"{what!r} is a text; to look at the file, give Path({what!r})")
     if not isinstance(what, str):
         raise DtypeError(
-            f"a {type(what).__name__} cannot be looked at; what works: a text, a Path, a mapping "
+            f"{type(what).__name__} cannot be looked at; what works: a text, a Path, a mapping "
             "of arrays, or a model with its inputs"
         )
     _refuse(True, {"causal": causal or None}, "a text: the model's own masks are read")

@@ -52,7 +52,7 @@ function buildHeads() {
 function headButton(layer, l, h) {
   const texts = statisticTexts(layer, h);
   const button = make("button", { type: "button", className: "thumb" },
-    make("canvas", {}), make("b", { textContent: `L${l} H${h}` }),
+    make("canvas", {}), make("b", { textContent: `L${layer.number} H${h}` }),
     ...texts.map(({ id, text }) => {
       const line = make("span", { textContent: text });
       line.dataset.statistic = id;
@@ -60,9 +60,9 @@ function headButton(layer, l, h) {
     }));
   button.dataset.layer = String(l);
   button.dataset.head = String(h);
-  button.title = `L${l} H${h}: ${texts.map(({ text }) => text).join(", ")}\n${layer.name}`;
+  button.title = `L${layer.number} H${h}: ${texts.map(({ text }) => text).join(", ")}\n${layer.name}`;
   button.setAttribute("aria-label",
-    `Layer ${l} head ${h}: ${texts.map(({ text }) => text).join(", ")}`);
+    `Layer ${layer.number} head ${h}: ${texts.map(({ text }) => text).join(", ")}`);
   button.addEventListener("click", () => select({ layer: l, head: h }));
   return button;
 }

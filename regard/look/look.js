@@ -141,7 +141,8 @@ function writeHeader() {
   }
   element("notes").replaceChildren(...all.map((textContent) =>
     make("p", { className: "note", textContent })));
-  element("made").textContent = `Made by regard look. The model computed in ${dtype}; this page `
+  const ran = change === null ? "" : ` The model computed in ${dtype};`;
+  element("made").textContent = `Made by regard look.${ran} This page `
     + `carries ${precision.travels} and computes in double precision.`;
 }
 
@@ -231,7 +232,7 @@ function start() {
   readHash();
   const layers = /** @type {HTMLSelectElement} */ (element("layer"));
   layers.append(...page.layers.map((layer, l) =>
-    make("option", { value: String(l), textContent: String(l), title: layer.name })));
+    make("option", { value: String(l), textContent: String(layer.number), title: layer.name })));
   const names = { layer: "layer", head: "head", query: "i", key: "j" };
   for (const [id, name] of Object.entries(names)) {
     element(id).addEventListener("change", (event) => {

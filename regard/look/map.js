@@ -99,7 +99,7 @@ function drawMap() {
   paintCells(context, plane, box);
   drawRulers(context);
   drawSelection(context);
-  element("map-title").textContent = `Layer ${state.layer}, head ${state.head}`;
+  element("map-title").textContent = `Layer ${layer.number}, head ${state.head}`;
   element("map-hint").textContent = mapHint(layer, plane);
 }
 

@@ -186,6 +186,7 @@ def _layer(
 
     return {
         "name": call.name,
+        "number": call.number,
         "route": call.route,
         "heads": heads,
         "kvHeads": kv_heads,

@@ -25,6 +25,7 @@ class Captured:
     """One attention call as the model made it.
 
     name: the module's name inside the model
+    number: its place among all attention calls of the model, counted from 0
     route: "interface", "sdpa" or "arrays"; how it was read
     query: [batch, heads, n, d];  key: [batch, kv_heads, m, d], head h reads key head
         h // (heads // kv_heads);  value: [batch, kv_heads, m, e] or None
@@ -49,6 +50,7 @@ class Captured:
     sinks: Tensor | None = None
     softcap: float | None = None
     output: Tensor | None = None
+    number: int = 0
 
     @property
     def matrix(self) -> Attention:

@@ -176,20 +176,26 @@ def _array_calls(stacks: Mapping[str, Tensor], causal: bool) -> list[Captured]:
 
 
 def _run(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, str):
+        raise DtypeError(
+            "a model's inputs are a tensor, a tuple of arguments or a mapping of keyword "
+            "arguments, not a text; tokenize it first: tokenizer(text, return_tensors='pt')"
+        )
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _chosen(calls: Sequence[Captured], layers: Sequence[int] | None) -> tuple[Captured, ...]:
+    numbered = [replace(call, number=number) for number, call in enumerate(calls)]
     if layers is None:
-        return tuple(calls)
+        return tuple(numbered)
     if wrong := [layer for layer in layers if not 0 <= layer < len(calls)]:
         raise ShapeError(
-            f"layers {', '.join(map(str, wrong))} were asked for, but there are {len(calls)} "
-            f"attention layers, numbered 0 to {len(calls) - 1}"
+            f"layers {', '.join(map(str, wrong))} were asked for; the numbers of attention layers "
+            f"here are 0 to {len(calls) - 1}"
         )
-    return tuple(calls[layer] for layer in layers)
+    return tuple(numbered[layer] for layer in sorted(set(layers)))
 
 
 def _checked(tokens: Tokens | None, calls: Sequence[Captured]) -> Tokens:

@@ -104,7 +104,10 @@ def _encode(
     """Token ids for the model, the tokens as they are read, and what was cut off."""
     total = len(tokenizer(text, verbose=False)["input_ids"])
     if not total:
-        raise SourceError(f"the tokenizer makes no token of the text {text[:40]!r}")
+        raise SourceError(
+            f"the tokenizer makes no token of the text {text[:40]!r}; if that is not empty, the "
+            "model's folder may hold no tokenizer: tokenizer.save_pretrained(folder) puts it there"
+        )
     positions = _positions(tokenizer, config)
     keep = min(bound for bound in (total, positions, limit) if bound is not None)
     notes = []
