@@ -308,7 +308,7 @@ def test_options_that_do_not_apply_are_refused():
             call()
     with pytest.raises(ShapeError, match="at least one token"):
         look(arrays(), limit=0)
-    with pytest.raises(ShapeError, match="layers 2 were asked for.* 0 to 1"):
+    with pytest.raises(ShapeError, match="layers 2 were asked for"):
         look(arrays(), layers=[0, 2])
 
 

@@ -141,7 +141,7 @@ function writeHeader() {
   }
   element("notes").replaceChildren(...all.map((textContent) =>
     make("p", { className: "note", textContent })));
-  const ran = change === null ? "" : ` The model computed in ${dtype};`;
+  const ran = change === null ? "" : ` The model computed in ${dtype}.`;
   element("made").textContent = `Made by regard look.${ran} This page `
     + `carries ${precision.travels} and computes in double precision.`;
 }
