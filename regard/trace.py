@@ -72,15 +72,15 @@ def graph_leaves(result: Tensor) -> list[Tensor]:
     >>> [leaf is weight for leaf in graph_leaves(weight.exp().sum())]
     [True]
     """
-    seen, todo, leaves = set(), [result.grad_fn], []
-    while todo:
-        node = todo.pop()
+    seen, waiting, leaves = set(), [result.grad_fn], []
+    while waiting:
+        node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        todo.extend(following for following, _ in node.next_functions)
+        waiting.extend(following for following, _ in node.next_functions)
     return leaves
 
 
