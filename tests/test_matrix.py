@@ -87,7 +87,7 @@ def test_html_does_not_compute_what_takes_long():
 def test_explain_counts_visible_pairs():
     A = example(mask=Causal())
     told = A.explain(torch.randn(2, 4, 6, 3))
-    assert told.form == "tiled"
+    assert told.form == "fused"
     assert told.pairs == 2 * 4 * 21
     assert told.pairs_in_all == 2 * 4 * 36
     assert told.flops == told.pairs * 2 * (8 + 3)

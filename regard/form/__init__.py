@@ -8,6 +8,7 @@ Choice, `explain` and the error message all come from `needs`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from regard import errors, grouped
-from regard.form import dense, tiled
+from regard.form import dense, fused, tiled
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
 
-FORMS: dict[str, ModuleType] = {"tiled": tiled, "dense": dense}
+FORMS: dict[str, ModuleType] = {"fused": fused, "tiled": tiled, "dense": dense}
 """All forms, the cheapest first."""
 
 
@@ -51,21 +52,24 @@ def applying(matrix: Attention) -> list[str]:
 def product(matrix: Attention, value: Tensor, name: str | None) -> Tensor:
     """The matrix times value, in the form named or chosen."""
     module = FORMS[choose(matrix, name)]
-    if matrix.runs is not None:
-        bad = _bad(value)
-        matrix, poisoned = shield(matrix, bad)
-        if poisoned is not None:
-            output: Tensor = module.product(matrix, value.masked_fill(bad[..., None], 0))
-            return torch.where(poisoned[..., None], torch.nan, output)
-    output = module.product(matrix, value)
-    return output
+    output: Tensor
+    if matrix.runs is None or _finite(matrix.query, matrix.key, value):
+        output = module.product(matrix, value)
+        return output
+    bad = _bad(value)
+    matrix, poisoned = shield(matrix, bad)
+    if poisoned is None:
+        output = module.product(matrix, value)
+        return output
+    output = module.product(matrix, value.masked_fill(bad[..., None], 0))
+    return torch.where(poisoned[..., None], torch.nan, output)
 
 
 def product_transposed(matrix: Attention, x: Tensor, name: str | None) -> Tensor:
     """The transpose of the matrix times x, in the form named or chosen."""
     module = FORMS[choose(matrix, name)]
     runs = matrix.runs
-    if runs is not None:
+    if runs is not None and not _finite(matrix.query, matrix.key, x):
         matrix, poisoned = shield(matrix, torch.zeros((), dtype=torch.bool, device=x.device))
         bad = _bad(x) if poisoned is None else _bad(x) | poisoned
         if bool(bad.any()):
@@ -99,6 +103,15 @@ def shield(matrix: Attention, bad_value: Tensor) -> tuple[Attention, Tensor | No
         key=matrix.key.masked_fill(bad_key[..., None], 0),
     )
     return clean, poisoned
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; sums of finite numbers may overflow and say False."""
+    return all(math.isfinite(tensor.detach().sum(dtype=_wide(tensor))) for tensor in tensors)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _bad(vectors: Tensor) -> Tensor:

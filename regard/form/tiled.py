@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard import errors
+from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiled_grad import Backward
 from regard.form.tiles import Tiles, compute_dtype
 from regard.normalizer import Row, Softmax
@@ -63,7 +63,7 @@ def _apply(matrix: Attention, x: Tensor, *, transposed: bool) -> tuple[Tensor, R
     return output, Row(peak, total)
 
 
-class _Product(torch.autograd.Function):
+class _Product(FirstOrder):
     """A x or A^T x with the rows of A, as one differentiable step.
 
     Both are linear in x, and both are the bilinear form sum_ij left_i weight_ij right_j seen from
@@ -99,11 +99,7 @@ class _Product(torch.autograd.Function):
         if doutput is None:
             length = tiles.shape[-1 if ctx.transposed else -2]
             doutput = x.new_zeros(*tiles.output_batch(x), length, x.shape[-1])
-        if torch._C._are_functorch_transforms_active():
-            raise errors.FormError(
-                "form 'tiled' has no gradients inside torch.func transforms; use "
-                "torch.autograd.grad or .backward(), or A.matmul(value, form='dense')."
-            )
+        check_transforms()
         left, right = (x, doutput) if ctx.transposed else (doutput, x)
         wanted = ctx.needs_input_grad[2:]
         wants_query, wants_key, wants_x, *wants_own = wanted
@@ -123,42 +119,7 @@ class _Product(torch.autograd.Function):
                 (back.query, back.key, dx, *back.home.tensors()), inputs, wanted, strict=True
             )
         ]
-        if torch.is_grad_enabled():
-            once: Any = _Once.apply
-            gradients = [g if g is None else once(g, doutput, *inputs) for g in gradients]
-        return None, None, *gradients
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        raise errors.FormError(
-            "form 'tiled' cannot be mapped by torch.vmap; give query, key and value the mapped "
-            "axis as a batch axis, over which attention broadcasts."
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise errors.FormError(
-            "form 'tiled' has no forward-mode derivatives; A.matmul(value, form='dense') has."
-        )
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that may be part of a graph, as create_graph=True asks, but has no gradient."""
-
-    @staticmethod
-    def forward(gradient: Tensor, *depends_on: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *from_above: Tensor) -> Any:
-        raise errors.FormError(
-            "form 'tiled' has first derivatives only; multiply with "
-            "A.matmul(value, form='dense') to differentiate twice."
-        )
+        return None, None, *once(gradients, doutput, *inputs)
 
 
 def _gather(tiles: Tiles, query: Tensor, key: Tensor, x: Tensor, row: Row) -> Tensor:

@@ -1,0 +1,169 @@
+// output[i] = sum_j w(logit_ij) value[j] / Z_i, tile by tile with a running normalizer.
+//
+// reference  regard/form/dense.py::product        backward  attend_grad.h
+// work       2 n m (d + e) flops for the pairs in visited tiles
+// scratch    (2 d + 2 e + KEYS) ROWS numbers a thread; nothing of size n m
+// precision  everything in T; half-precision inputs are widened block by block
+// after      Milakov & Gimelshein 2018, arXiv:1805.02867 (running normalizer); Rabe & Staats 2021,
+//            arXiv:2112.05682 (tiles); Dao 2023, arXiv:2307.08691, alg. 1 (loop order)
+//
+// Queries are the lanes of vectors: scores are S^T[key][query], so that maxima and sums over keys
+// need no shuffles, and keys and values are read as they lie.
+#pragma once
+
+#include "parts.h"
+
+namespace regard::REGARD_ISA {
+
+// Sums of so few terms are added up: one long chain would round as often as it has terms.
+constexpr int FEW = 16;
+
+// The state of a normalizer for the rows of a tile.
+template <class T>
+struct State {
+  T peak[ROWS], total[ROWS], decay[ROWS];
+
+  void start() {
+    for (int i = 0; i < ROWS; ++i) peak[i] = -INF<T>, total[i] = 0, decay[i] = 1;
+  }
+
+  // Logits to weights relative to the peak, in place; returns whether earlier sums must decay.
+  bool absorb(const Problem& p, const Visible<T>& v, T* tile) {
+    return p.norm == Norm::softmax ? absorb_softmax(v, tile) : absorb_by_pair(p, v, tile);
+  }
+
+ private:
+  bool absorb_softmax(const Visible<T>& v, T* tile) {
+    bool moved = false;
+    for (int g = 0; g < v.GROUPS; ++g)
+      for (int q = 0; q < TILE_VECTORS; ++q) {
+        const int lane = g * GROUP<T> + q * W<T>;
+        const Vec<T> before = load(peak + lane);
+        Vec<T> now = before;
+        T* at = tile + g * PANEL<T> + q * W<T>;
+        for (int j = v.begin[g]; j < v.end[g]; ++j) now = max(load(at + j * GROUP<T>), now);
+        const Vec<T> base = now == -INF<T> ? Vec<T>{} : now;
+        Vec<T> sum{};
+        for (int from = v.begin[g]; from < v.end[g]; from += FEW) {
+          const int to = from + FEW < v.end[g] ? from + FEW : v.end[g];
+          Vec<T> of_few{};
+          for (int j = from; j < to; ++j) {
+            const Vec<T> weight = exp<T>(load(at + j * GROUP<T>) - base);
+            store(at + j * GROUP<T>, weight);
+            of_few += weight;
+          }
+          sum += of_few;
+        }
+        const Vec<T> shrink = exp<T>(before - base);
+        store(decay + lane, shrink);
+        store(total + lane, load(total + lane) * shrink + sum);
+        store(peak + lane, now);
+        for (int k = 0; k < W<T>; ++k) moved |= before[k] != now[k];
+      }
+    return moved;
+  }
+
+  bool absorb_by_pair(const Problem& p, const Visible<T>& v, T* tile) {
+    const T bias = T(p.norm_bias);
+    over(v, [&](int, int at, int q) {
+      const Vec<T> logit = load(tile + at);
+      store(tile + at, p.norm == Norm::sigmoid ? sigmoid<T>(logit + bias) : max(logit, Vec<T>{}));
+      if (p.mean) {
+        const Vec<T> one = logit == -INF<T> ? Vec<T>{} : splat(T(1));
+        store(total + q * W<T>, load(total + q * W<T>) + one);
+      }
+    });
+    return false;
+  }
+};
+
+template <class T>
+struct AttendScratch {
+  Arena arena;
+  Logits<T> logits;
+  T *tile, *values_space;
+  Tile<T> output;
+  AttendScratch(void* memory, const Problem& p)
+      : arena(memory),
+        logits(arena, p),
+        tile(arena.take<T>(KEYS * ROWS)),
+        values_space(arena.take<T>(KEYS * packed_row<T>(p.e))),
+        output(arena, p.e) {}
+
+  // Every lane of the sums times a factor of its row.
+  void scale_sums(const T* factor) {
+    for (int g = 0; g < ROWS / GROUP<T>; ++g) {
+      T* sums = output.column_panel(g);
+      for (int64_t c = 0; c < output.width; ++c)
+#pragma GCC unroll 2
+        for (int q = 0; q < GROUP<T>; q += W<T>)
+          store(sums + c * GROUP<T> + q,
+                load(sums + c * GROUP<T> + q) * load(factor + g * GROUP<T> + q));
+    }
+  }
+};
+
+// Puts the sums of a tile where they belong.
+template <class T>
+static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, T* peak, T* total) {
+  T factor[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    factor[i] = 1;
+    if (p.norm == Norm::softmax) {
+      if (p.sink.data) {
+        // The sink is one more key, whose value is 0.
+        const T sink = number_of<T>(p, p.sink, s.logits.lane);
+        const T top = state.peak[i] > sink ? state.peak[i] : sink;
+        const T base = top == -INF<T> ? 0 : top;
+        factor[i] = exp<T>(splat(state.peak[i] - base))[0];
+        state.total[i] = state.total[i] * factor[i] + exp<T>(splat(sink - base))[0];
+        state.peak[i] = top;
+      }
+      factor[i] = state.total[i] == 0 ? 0 : factor[i] / state.total[i];
+    } else if (p.mean) {
+      factor[i] = state.total[i] == 0 ? 0 : 1 / state.total[i];
+    }
+  }
+  for (int64_t i = 0; i < s.logits.count; ++i) peak[i] = state.peak[i], total[i] = state.total[i];
+  if (!p.e) return;
+  s.scale_sums(factor);
+  s.output.columns_to_rows();
+  s.output.write_rows(p, p.output, s.logits.lane, s.logits.row, s.logits.count);
+}
+
+template <class T>
+static void attend(const Problem& p, int64_t item, void* memory) {
+  AttendScratch<T> s(memory, p);
+  const int64_t tiles = (p.n + ROWS - 1) / ROWS;
+  // Under a causal mask the last rows are the longest: they begin first.
+  const int64_t lane = item / tiles, row = (tiles - 1 - item % tiles) * ROWS;
+  s.logits.start(p, lane, row, p.n - row < ROWS ? p.n - row : ROWS);
+  State<T> state;
+  state.start();
+  for (int64_t c = 0; c < s.output.padded * ROWS; ++c) s.output.columns[c] = 0;
+  Walk<T> walk(p, lane, row, s.logits.count);
+  for (Visible<T> v; walk.next(v);) {
+    s.logits.tile(p, v, s.logits.keys(p, v, Read::rows), s.tile);
+    if (state.absorb(p, v, s.tile)) s.scale_sums(state.decay);
+    if (p.dropout.lanes) s.logits.drop(p, v, s.tile);
+    if (!p.e) continue;
+    const Matrix<T> values =
+        block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space, Read::columns);
+    for (int g = 0; g < v.GROUPS; ++g)
+      panel_product<TILE_VECTORS>(Multiply{}, p.e, s.output.column_panel(g), GROUP<T>,
+                                  Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
+                                  s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>,
+                                  v.end[g] - v.begin[g], true);
+  }
+  finish(p, s, state, static_cast<T*>(p.peak) + lane * p.n + row,
+         static_cast<T*>(p.total) + lane * p.n + row);
+}
+
+template <class T>
+static size_t attend_scratch(const Problem& p) {
+  return AttendScratch<T>(nullptr, p).arena.used;
+}
+
+static int64_t attend_items(const Problem& p) { return p.lanes * ((p.n + ROWS - 1) / ROWS); }
+
+}  // namespace regard::REGARD_ISA

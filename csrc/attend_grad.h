@@ -1,0 +1,396 @@
+// Gradients of sum_ij left_i weight_ij value_j; every tile is computed again, none of n x m is kept.
+//
+// dweight_ij = left_i . value_j            dvalue_j = sum_i weight_ij left_i
+// softmax:  dlogit_ij = weight_ij (dweight_ij + drow_i),  drow_i = dtotal_i total_i - delta_i,
+//           delta_i = sum_j weight_ij dweight_ij
+// dquery_i = sum_j dlogit_ij dscore/dquery_i, and so for keys, biases and the score's own weight.
+//
+// reference  regard/form/dense.py::product        forward  attend.h
+// work       2 n m (3 d + 2 e) flops for the pairs in visited tiles, once more 2 n m (d + e) for
+//            the keys of a row beyond `strip` blocks
+//            (without values: only dvalue, the product with the transpose)
+// scratch    2 strip KEYS ROWS numbers a thread and what attend.h needs
+// after      Dao et al. 2022, arXiv:2205.14135, appendix B.2 (recomputed tiles)
+//
+// delta comes from the tiles' own dweights. The shorter way, delta_i = left_i . output_i, rounds
+// apart from them, and gradients of biases, in which dlogits nearly cancel, had 3 to 6 times the
+// error of dense. So the weights and dweights of a strip, all keys of ROWS queries, are kept until
+// delta is known: 8 bytes a pair through the second cache, against 10 d flops.
+#pragma once
+
+#include "attend.h"
+
+namespace regard::REGARD_ISA {
+
+// dscore/dquery, /dkey and /dweight of scores that compare vectors channel by channel.
+struct DistanceGradient {
+  template <class T>
+  INLINE void call(const Problem&, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
+                   Vec<T>& dk, Vec<T>& dw) {
+    const Vec<T> x = q - k, g = dlogit * x;
+    dq += g * (w + w);
+    dk -= g * (w + w);
+    dw += g * x;
+  }
+};
+
+struct LeakyGradient {
+  template <class T>
+  INLINE void call(const Problem& p, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
+                   Vec<T>& dk, Vec<T>& dw) {
+    const Vec<T> x = q + k, one = splat(T(1));
+    const Vec<T> g = dlogit * (x > 0 ? one : one * T(p.slope));
+    dq += g * w;
+    dk += g * w;
+    dw += g * x;
+  }
+};
+
+struct TanhGradient {
+  template <class T>
+  INLINE void call(const Problem&, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
+                   Vec<T>& dk, Vec<T>& dw) {
+    const Vec<T> t = tanh<T>(q + k), g = dlogit * (1 - t * t) * w;
+    dq += g;
+    dk += g;
+    dw += dlogit * t;
+  }
+};
+
+template <class T>
+struct GradScratch {
+  static constexpr int64_t SIZE = KEYS * ROWS;
+  Arena arena;
+  Logits<T> logits;
+  Tile<T> left, dquery;
+  T *strip, *values_space, *keys_panels;
+  Visible<T>* seen;
+  GradScratch(void* memory, const Problem& p)
+      : arena(memory),
+        logits(arena, p),
+        left(arena, p.e),
+        dquery(arena, p.d),
+        strip(arena.take<T>(p.strip * (p.softcap ? 3 : 2) * SIZE)),
+        values_space(arena.take<T>(KEYS * packed_row<T>(p.e))),
+        keys_panels(arena.take<T>(p.score == Score::dot ? 0 : KEYS * dquery.padded)),
+        seen(arena.take<Visible<T>>(p.strip)) {}
+
+  T* weights(const Problem& p, int64_t slot) { return strip + slot * (p.softcap ? 3 : 2) * SIZE; }
+};
+
+// One pass over the keys that a tile of queries sees, and where its gradients go.
+template <class T>
+class Backward {
+ public:
+  // part: the number of dkey and dvalue that this piece of work adds to
+  Backward(const Problem& p, GradScratch<T>& s, int64_t chunk, int64_t part)
+      : p(p),
+        s(s),
+        chunk(chunk),
+        dkey(place(p.dkey, part * p.m * round_up(p.d, GRADIENT_STEP))),
+        dvalue(place(p.dvalue, part * p.m * round_up(p.e, GRADIENT_STEP))) {}
+
+  void tile(int64_t of_lane, int64_t first) {
+    lane = of_lane, row = first, count = p.n - row < ROWS ? p.n - row : ROWS;
+    s.logits.start(p, lane, row, count);
+    s.left.read_rows(p, p.left, lane, row, count);
+    s.left.rows_to_columns();
+    for (int64_t c = 0; c < ROWS * s.dquery.padded; ++c) s.dquery.columns[c] = s.dquery.rows[c] = 0;
+    read_statistics();
+    const bool coupled = p.norm == Norm::softmax && p.value.kind != Kind::none;
+    const int64_t kept = coupled ? sum_delta() : 0;
+    for (int64_t slot = 0; slot < kept; ++slot) push(s.seen[slot], slot);
+    if (kept < blocks || !coupled) {
+      const int64_t last = p.strip - 1;
+      Visible<T>& v = s.seen[last];
+      Walk<T> walk(p, lane, row, count, kept ? s.seen[kept - 1].first + s.seen[kept - 1].count : 0);
+      while (walk.next(v)) weigh(v, last), push(v, last);
+    }
+    if (!p.dquery.data) return;
+    if (p.score == Score::dot) {
+      s.dquery.columns_to_rows();
+      for (int64_t c = 0; c < ROWS * s.dquery.padded; ++c) s.dquery.rows[c] *= T(p.scale);
+    }
+    s.dquery.write_rows(p, p.dquery, lane, row, count);
+  }
+
+ private:
+  const Problem& p;
+  GradScratch<T>& s;
+  int64_t chunk, lane = 0, row = 0, count = 0, blocks = 0;
+  T *dkey, *dvalue;
+  T peak[ROWS], inverse[ROWS], drow[ROWS];
+
+  static T* place(const Operand& x, int64_t offset) {
+    return x.data ? reinterpret_cast<T*>(x.data) + offset : nullptr;
+  }
+  T* of_lane(const Operand& x, int64_t numbers) const {
+    return place(x, (chunk * p.lanes + lane) * numbers);
+  }
+  T* weights(int64_t slot) const { return s.weights(p, slot); }
+  T* dweights(int64_t slot) const { return s.weights(p, slot) + s.SIZE; }
+  T* slopes(int64_t slot) const { return p.softcap ? s.weights(p, slot) + 2 * s.SIZE : nullptr; }
+
+  void read_statistics() {
+    const int64_t at = lane * p.n + row;
+    for (int i = 0; i < ROWS; ++i) {
+      const T top = i < count ? static_cast<const T*>(p.peak)[at + i] : 0;
+      const T total = i < count ? static_cast<const T*>(p.total)[at + i] : 0;
+      peak[i] = top == -INF<T> ? 0 : top;
+      inverse[i] = total == 0 ? 0 : 1 / total;
+      drow[i] = p.dtotal && i < count ? static_cast<const T*>(p.dtotal)[at + i] * total : 0;
+    }
+  }
+
+  // Keeps what fits of weights and dweights, and turns drow into dtotal total - delta. Returns how
+  // many blocks were kept.
+  int64_t sum_delta() {
+    // delta_i = center_i + sum_j weight_ij (dweight_ij - center_i) / sum_j weight_ij, where no sink
+    // takes weight: so dlogits sum to 0 even where the weights sum to 1 up to rounding only.
+    T delta[ROWS] = {}, center[ROWS] = {}, whole[ROWS] = {};
+    bool centered[Visible<T>::GROUPS] = {};
+    blocks = 0;
+    Walk<T> walk(p, lane, row, count);
+    for (int64_t slot = 0; walk.next(s.seen[slot]); slot = blocks < p.strip ? blocks : p.strip - 1) {
+      ++blocks;
+      const Visible<T>& v = s.seen[slot];
+      weigh(v, slot);
+      const T *w = weights(slot), *dw = dweights(slot);
+      for (int g = 0; g < v.GROUPS; ++g) {
+        if (v.begin[g] == v.end[g]) continue;
+        for (int q = 0; q < TILE_VECTORS; ++q) {
+          const int lanes = g * GROUP<T> + q * W<T>, at = g * PANEL<T> + q * W<T>;
+          if (!centered[g]) store(center + lanes, load(dw + at + v.begin[g] * GROUP<T>));
+          const Vec<T> middle = load(center + lanes);
+          Vec<T> sum{}, ones{};
+          for (int from = v.begin[g]; from < v.end[g]; from += FEW) {
+            const int to = from + FEW < v.end[g] ? from + FEW : v.end[g];
+            Vec<T> sum_of_few{}, ones_of_few{};
+            for (int j = from; j < to; ++j) {
+              const Vec<T> weight = load(w + at + j * GROUP<T>);
+              sum_of_few += weight * (load(dw + at + j * GROUP<T>) - middle);
+              ones_of_few += weight;
+            }
+            sum += sum_of_few, ones += ones_of_few;
+          }
+          store(delta + lanes, load(delta + lanes) + sum);
+          store(whole + lanes, load(whole + lanes) + ones);
+        }
+        centered[g] = true;
+      }
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      if (inverse[i] == 0) continue;  // a row without keys
+      T of_keys = 1;  // what the weights should sum to
+      if (p.sink.data)
+        of_keys -= exp<T>(splat(number_of<T>(p, p.sink, lane) - peak[i]))[0] * inverse[i];
+      const T ratio = whole[i] > 0 ? of_keys / whole[i] : 0;
+      delta[i] = delta[i] * ratio + center[i] * of_keys;
+      drow[i] -= delta[i];
+    }
+    if (p.delta)
+      for (int i = 0; i < count; ++i) static_cast<T*>(p.delta)[lane * p.n + row + i] = delta[i];
+    return blocks <= p.strip ? blocks : p.strip - 1;
+  }
+
+  // Weights and dweights of a block, dropout's factors in the latter.
+  void weigh(const Visible<T>& v, int64_t slot) {
+    T *w = weights(slot), *dw = dweights(slot);
+    s.logits.tile(p, v, s.logits.keys(p, v, Read::rows), w, slopes(slot));
+    over(v, [&](int, int at, int q) {
+      const Vec<T> logit = load(w + at);
+      Vec<T> weight;
+      if (p.norm == Norm::softmax)
+        weight = exp<T>(logit - load(peak + q * W<T>)) * load(inverse + q * W<T>);
+      else if (p.norm == Norm::sigmoid)
+        weight = sigmoid<T>(logit + T(p.norm_bias));
+      else
+        weight = max(logit, Vec<T>{}) * (p.mean ? load(inverse + q * W<T>) : splat(T(1)));
+      store(w + at, weight);
+    });
+    if (p.value.kind == Kind::none) return;
+    const Matrix<T> values =
+        block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space, Read::rows);
+    for (int g = 0; g < v.GROUPS; ++g)
+      panel_product<TILE_VECTORS>(Multiply{}, v.end[g] - v.begin[g],
+                                  dw + g * PANEL<T> + v.begin[g] * GROUP<T>, GROUP<T>,
+                                  Matrix<T>{values.at + v.begin[g] * values.row, values.row, 1},
+                                  s.left.column_panel(g), p.e, false);
+    if (!p.e) over(v, [&](int, int at, int) { store(dw + at, Vec<T>{}); });
+    if (p.dropout.lanes) s.logits.drop(p, v, dw);
+  }
+
+  // Adds what a block contributes to every gradient. Its dweights become dlogits.
+  void push(const Visible<T>& v, int64_t slot) {
+    T *w = weights(slot), *dw = dweights(slot);
+    if (p.value.kind == Kind::none) {  // only dvalue is wanted, as by the product with the transpose
+      if (p.dropout.lanes) s.logits.drop(p, v, w);
+      clear_outside(v, w);
+      return add_to_keys(v, w, s.left, dvalue + v.first * round_up(p.e, GRADIENT_STEP));
+    }
+    over(v, [&](int j, int at, int q) {
+      const Vec<T> weight = load(w + at), dweight = load(dw + at);
+      Vec<T> dlogit;
+      if (p.norm == Norm::softmax)
+        dlogit = weight * (dweight + load(drow + q * W<T>));
+      else if (p.norm == Norm::sigmoid)
+        dlogit = dweight * weight * (1 - weight);
+      else
+        dlogit = weight > 0 ? dweight * (p.mean ? load(inverse + q * W<T>) : splat(T(1))) : Vec<T>{};
+      store(dw + at, dlogit);
+      if (p.dropout.lanes) store(w + at, weight * s.logits.drop_factor(p, v.first + j, q));
+    });
+    clear_outside(v, w);
+    clear_outside(v, dw);
+    if (dvalue) add_to_keys(v, w, s.left, dvalue + v.first * round_up(p.e, GRADIENT_STEP));
+    add_to_biases(v, dw);
+    if (p.softcap)
+      over(v, [&](int, int at, int) { store(dw + at, load(dw + at) * load(slopes(slot) + at)); });
+    if (!p.d) return;
+    const Matrix<T> keys = s.logits.keys(p, v, Read::columns);
+    if (p.score != Score::dot) return add_pair_by_pair(v, dw, keys);
+    if (dkey) add_to_keys(v, dw, s.logits.query, dkey + v.first * round_up(p.d, GRADIENT_STEP));
+    if (p.dquery.data)
+      for (int g = 0; g < v.GROUPS; ++g)
+        panel_product<TILE_VECTORS>(Multiply{}, p.d, s.dquery.column_panel(g), GROUP<T>,
+                                    Matrix<T>{keys.at + v.begin[g] * keys.row, 1, keys.row},
+                                    dw + g * PANEL<T> + v.begin[g] * GROUP<T>,
+                                    v.end[g] - v.begin[g], true);
+  }
+
+  // Products over queries read whole panels: pairs that no lane of a group sees count as 0.
+  void clear_outside(const Visible<T>& v, T* tile) {
+    for (int g = 0; g < v.GROUPS; ++g)
+      for (int j = 0; j < v.count; ++j) {
+        if (j == v.begin[g] && v.begin[g] < v.end[g]) j = v.end[g];
+        if (j < v.count)
+          for (int q = 0; q < GROUP<T>; ++q) tile[g * PANEL<T> + j * GROUP<T> + q] = 0;
+      }
+  }
+
+  // to[key][width] += sum over queries of tile[key][query] rows[query][width].
+  void add_to_keys(const Visible<T>& v, const T* tile, const Tile<T>& rows, T* to) {
+    constexpr int STEP = 24;  // a multiple of every register tile's rows
+    const int64_t ldc = round_up(rows.width, GRADIENT_STEP);
+    for (int64_t c = 0; c < rows.width; c += GROUP<T>)
+      for (int j = 0; j < v.count; j += v.full ? KEYS : STEP) {
+        // Only the panels of queries that see one of these keys.
+        const int stop = v.full || j + STEP > v.count ? v.count : j + STEP;
+        int low = 0, high = v.GROUPS;
+        while (low < high && !(v.begin[low] < stop && v.end[low] > j)) ++low;
+        while (low < high && !(v.begin[high - 1] < stop && v.end[high - 1] > j)) --high;
+        const Matrix<T> a{tile + low * PANEL<T> + j * GROUP<T>, GROUP<T>, 1, GROUP<T>, PANEL<T>};
+        const T* b = rows.row_panel(c) + low * GROUP<T> * GROUP<T>;
+        const int64_t products = (high - low) * GROUP<T>;
+        if (rows.width - c > W<T>)
+          panel_product<TILE_VECTORS>(Multiply{}, stop - j, to + j * ldc + c, ldc, a, b, products,
+                                      true);
+        else
+          panel_product<1>(Multiply{}, stop - j, to + j * ldc + c, ldc, a, b, products, true);
+      }
+  }
+
+  void add_to_biases(const Visible<T>& v, const T* dlogits) {
+    if (p.dtoeplitz.data) {
+      T* to = of_lane(p.dtoeplitz, p.n + p.m - 1 + ROWS) + row + p.m - 1 - v.first;
+      over(v, [&](int j, int at, int q) {
+        store(to - j + q * W<T>, load(to - j + q * W<T>) + load(dlogits + at));
+      });
+    }
+    if (!p.dbias.data) return;
+    if (p.bias.row == 0) {
+      T* to = of_lane(p.dbias, p.m) + v.first;
+      over(v, [&](int j, int at, int) { to[j] += sum<T>(load(dlogits + at)); });
+      return;
+    }
+    T* to = reinterpret_cast<T*>(const_cast<char*>(row_of(p, p.dbias, lane, row))) + v.first;
+    over(v, [&](int j, int at, int q) {
+      const Vec<T> each = load(dlogits + at);
+      for (int k = 0; k < W<T> && q * W<T> + k < count; ++k)
+        to[(q * W<T> + k) * p.dbias.row + j * p.dbias.column] += each[k];
+    });
+  }
+
+  void add_pair_by_pair(const Visible<T>& v, const T* dlogits, Matrix<T> keys) {
+    switch (p.score) {
+      case Score::distance:
+        return pairs<DistanceGradient>(v, dlogits, keys);
+      case Score::leaky:
+        return pairs<LeakyGradient>(v, dlogits, keys);
+      default:
+        return pairs<TanhGradient>(v, dlogits, keys);
+    }
+  }
+
+  // Lanes are channels here: query and key gradients are sums of whole vectors.
+  template <class Gradient>
+  void pairs(const Visible<T>& v, const T* dlogits, Matrix<T> keys) {
+    constexpr int R = 4;
+    const Tile<T>& query = s.logits.query;
+    T* packed = s.keys_panels;
+    for (int j = 0; j < v.count; ++j)
+      for (int64_t c = 0; c < query.padded; ++c)
+        packed[j * query.padded + c] = c < p.d ? keys.at[j * keys.row + c] : 0;
+    T unused[W<T>] = {};
+    T* dweight = of_lane(p.dweight, round_up(p.d, GRADIENT_STEP));
+    for (int64_t c = 0; c < p.d; c += W<T>) {
+      const int64_t panel = c / GROUP<T> * ROWS * GROUP<T> + c % GROUP<T>;
+      const Vec<T> w = p.weight.data ? load(s.logits.weight + c) : Vec<T>{};
+      Vec<T> dw{};
+      for (int i = 0; i < count; i += R) {
+        const int g = i / GROUP<T>;
+        Vec<T> q[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) q[r] = load(query.rows + panel + (i + r) * GROUP<T>);
+        for (int from = v.begin[g]; from < v.end[g]; from += FEW) {
+          const int to = from + FEW < v.end[g] ? from + FEW : v.end[g];
+          Vec<T> dq[R] = {}, dw_of_few{};
+          for (int j = from; j < to; ++j) {
+            T* home = dkey ? dkey + (v.first + j) * round_up(p.d, GRADIENT_STEP) + c : unused;
+            const Vec<T> k = load(packed + j * query.padded + c);
+            Vec<T> dk{};
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+              const T dlogit = dlogits[g * PANEL<T> + j * GROUP<T> + i % GROUP<T> + r];
+              Gradient::template call<T>(p, splat(dlogit), q[r], k, w, dq[r], dk, dw_of_few);
+            }
+            store(home, load(home) + dk);
+          }
+          dw += dw_of_few;
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            T* home = s.dquery.rows + panel + (i + r) * GROUP<T>;
+            store(home, load(home) + dq[r]);
+          }
+        }
+      }
+      if (dweight) store(dweight + c, load(dweight + c) + dw);
+    }
+  }
+};
+
+template <class T>
+static void attend_grad(const Problem& p, int64_t item, void* memory) {
+  GradScratch<T> s(memory, p);
+  const int64_t groups = p.lanes / p.group, tiles = (p.n + ROWS - 1) / ROWS;
+  // Work is split by keys' groups of heads and then by chunks of queries; a bias that lanes share
+  // belongs to its rows, so there a chunk does all lanes.
+  const int64_t chunk = p.by_rows ? item : item / groups;
+  const int64_t first = p.by_rows ? 0 : item % groups, last = p.by_rows ? groups : first + 1;
+  for (int64_t group = first; group < last; ++group) {
+    Backward<T> backward(p, s, chunk, chunk * groups + group);
+    for (int64_t lane = group * p.group; lane < (group + 1) * p.group; ++lane)
+      for (int64_t tile = chunk; tile < tiles; tile += p.chunks) backward.tile(lane, tile * ROWS);
+  }
+}
+
+template <class T>
+static size_t attend_grad_scratch(const Problem& p) {
+  return GradScratch<T>(nullptr, p).arena.used;
+}
+
+static int64_t attend_grad_items(const Problem& p) {
+  return p.chunks * (p.by_rows ? 1 : p.lanes / p.group);
+}
+
+}  // namespace regard::REGARD_ISA

@@ -1,0 +1,246 @@
+// The Python module: fills in a Problem, picks a build of the kernels, runs it on OpenMP's pool.
+//
+// Tensors come as addresses, shapes and strides, so nothing here links to libtorch and one build
+// serves every torch. The dynamic libgomp that torch has loaded is used: one pool, one number of
+// threads. A second pool would spin against torch's on the same cores.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <pthread.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace nb = nanobind;
+
+namespace regard {
+
+namespace base {
+extern const Kernels kernels;
+}
+#ifdef REGARD_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+// Builds that this machine can run, the fastest first.
+std::vector<const Kernels*> builds() {
+  std::vector<const Kernels*> all;
+#ifdef REGARD_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    all.push_back(&avx512::kernels);
+  if (avx2) all.push_back(&avx2::kernels);
+#endif
+  all.push_back(&base::kernels);
+  return all;
+}
+
+const Kernels* selected = nullptr;
+
+const Kernels* find(const std::string& name) {
+  std::string known;
+  for (const Kernels* build : builds()) {
+    if (name == build->name) return build;
+    known += (known.empty() ? "" : ", ") + std::string(build->name);
+  }
+  throw std::invalid_argument("REGARD_ISA is '" + name + "'; this machine runs: " + known + ".");
+}
+
+const Kernels& kernels() {
+  if (!selected) {
+    const char* name = std::getenv("REGARD_ISA");
+    selected = name && *name ? find(name) : builds().front();
+  }
+  return *selected;
+}
+
+// GNU's OpenMP does not survive a fork: its threads are gone in the child, and a parallel region
+// there would wait for them for ever. A child works alone, as torch's data loaders do.
+bool forked = false;
+
+class Scratch {
+ public:
+  void* at_least(size_t bytes) {
+    if (bytes > size) {
+      std::free(memory);
+      memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+      size = memory ? bytes : 0;
+    }
+    return memory;
+  }
+  ~Scratch() { std::free(memory); }
+
+ private:
+  void* memory = nullptr;
+  size_t size = 0;
+};
+thread_local Scratch scratch_of_thread;
+
+void run(const Kernel& kernel, const Problem& p, int threads) {
+  const int64_t items = kernel.items(p);
+  if (!items) return;
+  const size_t bytes = kernel.scratch(p);
+  const int team = int(std::min<int64_t>(forked ? 1 : threads, items));
+  bool starved = false;
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    void* memory = scratch_of_thread.at_least(bytes);
+    if (bytes && !memory) {
+#pragma omp atomic write
+      starved = true;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; ++item)
+      if (!bytes || memory) kernel.run(p, item, memory);
+  }
+  if (starved) throw std::bad_alloc();
+}
+
+Kind kind_of(int code) { return static_cast<Kind>(code); }
+
+// Strides of an operand along the problem's batch and head axes; axes of size 1 do not move.
+Operand operand(const Problem& p, uintptr_t data, int kind, nb::tuple shape, nb::tuple strides,
+                int trailing) {
+  Operand x;
+  x.data = reinterpret_cast<char*>(data);
+  x.kind = kind_of(kind);
+  const int own = int(shape.size()) - trailing;
+  for (int a = 0; a < own; ++a) {
+    const int at = p.axes - own + a;
+    const int64_t size = nb::cast<int64_t>(shape[a]);
+    if (at < 0 || size <= 1) continue;
+    x.axis[at] = nb::cast<int64_t>(strides[a]);
+    if (at == p.axes - 1 && size != p.size[at]) x.share = p.size[at] / size;
+  }
+  auto step = [&](int from_end) {
+    const size_t at = shape.size() - size_t(from_end);
+    return nb::cast<int64_t>(shape[at]) == 1 ? 0 : nb::cast<int64_t>(strides[at]);
+  };
+  if (trailing == 2) x.row = step(2);
+  if (trailing >= 1) x.column = step(1);
+  return x;
+}
+
+Operand& named(Problem& p, const std::string& name) {
+  static const std::pair<const char*, Operand Problem::*> all[] = {
+      {"query", &Problem::query},     {"key", &Problem::key},         {"value", &Problem::value},
+      {"weight", &Problem::weight},   {"toeplitz", &Problem::toeplitz}, {"bias", &Problem::bias},
+      {"sink", &Problem::sink},       {"output", &Problem::output},   {"left", &Problem::left},
+      {"dquery", &Problem::dquery},   {"dkey", &Problem::dkey},       {"dvalue", &Problem::dvalue},
+      {"dweight", &Problem::dweight}, {"dtoeplitz", &Problem::dtoeplitz}, {"dbias", &Problem::dbias},
+  };
+  for (const auto& [known, member] : all)
+    if (name == known) return p.*member;
+  throw std::invalid_argument("no operand is called '" + name + "'.");
+}
+
+Problem make(nb::tuple batch, int64_t n, int64_t m, int64_t d, int64_t e, int compute) {
+  if (batch.size() > size_t(AXES)) throw std::invalid_argument("too many batch axes.");
+  Problem p;
+  p.axes = int(batch.size());
+  p.lanes = 1;
+  for (int a = 0; a < p.axes; ++a) p.lanes *= p.size[a] = nb::cast<int64_t>(batch[a]);
+  p.n = n, p.m = m, p.d = d, p.e = e;
+  p.compute = kind_of(compute);
+  return p;
+}
+
+void set_mask(Problem& p, uintptr_t offsets, uintptr_t start, uintptr_t stop, nb::tuple batch) {
+  p.mask.present = true;
+  p.mask.offsets = reinterpret_cast<const int64_t*>(offsets);
+  p.mask.start = reinterpret_cast<const int32_t*>(start);
+  p.mask.stop = reinterpret_cast<const int32_t*>(stop);
+  int64_t lines = p.n;
+  for (int a = int(batch.size()) - 1, at = p.axes - 1; a >= 0; --a, --at) {
+    const int64_t size = nb::cast<int64_t>(batch[a]);
+    p.mask.axis[at] = size == 1 ? 0 : lines;
+    lines *= size;
+  }
+}
+
+double peak_flops(int threads, double seconds) {
+  const Kernels& k = kernels();
+  const int64_t rounds = 1 << 20;
+  double flops = 0;
+  const auto begin = std::chrono::steady_clock::now();
+  std::chrono::duration<double> spent{};
+  do {
+#pragma omp parallel num_threads(threads) reduction(+ : flops)
+    flops += k.peak(rounds);
+    spent = std::chrono::steady_clock::now() - begin;
+  } while (spent.count() < seconds);
+  return flops / spent.count();
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, module) {
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+  nb::class_<Problem>(module, "Problem")
+      .def_static("of", &make)
+      .def("operand",
+           [](Problem& p, const std::string& name, uintptr_t data, int kind, nb::tuple shape,
+              nb::tuple strides, int trailing) {
+             named(p, name) = operand(p, data, kind, shape, strides, trailing);
+           })
+      .def("mask", &set_mask)
+      .def("rows",
+           [](Problem& p, uintptr_t peak, uintptr_t total, uintptr_t delta, uintptr_t dtotal) {
+             p.peak = reinterpret_cast<void*>(peak), p.total = reinterpret_cast<void*>(total);
+             p.delta = reinterpret_cast<void*>(delta);
+             p.dtotal = reinterpret_cast<const void*>(dtotal);
+           })
+      .def("dropout",
+           [](Problem& p, uintptr_t lanes, int64_t seed, uint32_t threshold, double factor) {
+             p.dropout = {reinterpret_cast<const int64_t*>(lanes), seed, threshold, factor};
+           })
+      .def("score",
+           [](Problem& p, int score, double scale, double softcap, double slope, double constant) {
+             p.score = static_cast<Score>(score);
+             p.scale = scale, p.softcap = softcap, p.slope = slope, p.constant = constant;
+           })
+      .def("norm",
+           [](Problem& p, int norm, double bias, bool mean) {
+             p.norm = static_cast<Norm>(norm);
+             p.norm_bias = bias, p.mean = mean;
+           })
+      .def("split", [](Problem& p, int64_t chunks, int64_t group, int64_t strip, bool by_rows) {
+        p.chunks = chunks, p.group = group, p.strip = strip, p.by_rows = by_rows;
+      });
+
+  const auto free_of_gil = nb::call_guard<nb::gil_scoped_release>();
+  module.def("attend", [](const Problem& p, int threads) { run(kernels().attend, p, threads); },
+             free_of_gil);
+  module.def("attend_grad",
+             [](const Problem& p, int threads) { run(kernels().attend_grad, p, threads); },
+             free_of_gil);
+  module.attr("ROWS") = ROWS;
+  module.attr("KEYS") = KEYS;
+  module.attr("GRADIENT_STEP") = GRADIENT_STEP;
+  module.def("isa", [] { return std::string(kernels().name); });
+  module.def("select_isa", [](const std::string& name) { selected = find(name); });
+  module.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* build : builds()) names.emplace_back(build->name);
+    return names;
+  });
+  module.def("peak_flops", &peak_flops, free_of_gil);
+}
+
+}  // namespace regard

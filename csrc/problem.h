@@ -1,0 +1,96 @@
+// What a kernel is asked to do: plain numbers and pointers, filled in by module.cpp.
+//
+// No function lives here: this header is read by every instruction set's build, and a function that
+// two builds share could be linked from the one that the machine cannot run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace regard {
+
+constexpr int AXES = 6;   // batch and head axes, heads last
+constexpr int ROWS = 64;  // queries of a tile: one bit each of a 64-bit word
+constexpr int KEYS = 96;  // keys of a block: a multiple of every register tile's rows
+constexpr int GRADIENT_STEP = 16;  // rows of dkey, dvalue and dweight are padded to this many numbers
+
+enum class Kind : int { none, f32, f64, bf16, f16 };
+enum class Score : int { dot, distance, leaky, reciprocal, tanh };
+enum class Norm : int { softmax, sigmoid, relu };
+
+// Numbers [*batch, heads, rows, columns] somewhere in memory; strides count elements.
+struct Operand {
+  char* data = nullptr;
+  Kind kind = Kind::none;
+  int64_t axis[AXES] = {};
+  int64_t share = 1;  // how many heads of the matrix read one head of this
+  int64_t row = 0, column = 1;
+};
+
+// Runs of [start, stop) columns. Row i of lane l is line l * axis + i; its runs are
+// offsets[line]..offsets[line + 1], or the one run `line` where offsets is null.
+struct Mask {
+  bool present = false;
+  const int64_t* offsets = nullptr;
+  const int32_t *start = nullptr, *stop = nullptr;
+  int64_t axis[AXES] = {};  // strides in lines
+};
+
+struct Dropout {
+  const int64_t* lanes = nullptr;  // the number of each lane, or null without dropout
+  int64_t seed = 0;
+  uint32_t threshold = 0;  // a pair falls where its 24 bits are below
+  double factor = 1;       // of the others
+};
+
+struct Problem {
+  Kind compute = Kind::f32;
+  Score score = Score::dot;
+  Norm norm = Norm::softmax;
+  int axes = 0;
+  int64_t size[AXES] = {};
+  int64_t lanes = 0, n = 0, m = 0, d = 0, e = 0;
+  double scale = 1, softcap = 0, slope = 0, constant = 0, norm_bias = 0;
+  bool mean = false;  // relu: divide by the number of visible keys
+
+  Operand query, key, value;
+  Operand weight;    // additive: one row of d numbers (see parts.h)
+  Operand toeplitz;  // bias by i - j + m - 1: rows of n + m - 1 + ROWS numbers
+  Operand bias;      // bias by (i, j)
+  Operand sink;      // one number per lane
+  Mask mask;
+  Dropout dropout;
+
+  // Forward: output and the statistics of rows, [lanes, n] each.
+  Operand output;
+  void *peak = nullptr, *total = nullptr;
+
+  // Backward: what came in, and what goes out (data is null where it is not wanted).
+  Operand left;                   // multiplies weights from the left: [.., n, e]
+  const void* dtotal = nullptr;   // [lanes, n]
+  void* delta = nullptr;          // [lanes, n]: sum_j weight_ij dweight_ij
+  // dquery has query's kind; the others T. dkey, dvalue: [chunks, lanes / group, m, padded width];
+  // dweight: [chunks, lanes, padded d]; dtoeplitz: [chunks, lanes, n + m - 1 + ROWS]; dbias:
+  // [chunks, lanes, m] where the bias has one row, else of the bias's own shape.
+  Operand dquery, dkey, dvalue, dweight, dtoeplitz, dbias;
+  int64_t chunks = 1;             // pieces of the queries that have dkey and dvalue of their own
+  int64_t group = 1;              // heads whose keys' gradients are summed here
+  int64_t strip = 1;              // blocks of keys that a strip holds
+  bool by_rows = false;           // a chunk does its rows of all lanes
+};
+
+// One build of the kernels: `items` pieces of work, each with `scratch` bytes of its own.
+struct Kernel {
+  int64_t (*items)(const Problem&);
+  size_t (*scratch)(const Problem&);
+  void (*run)(const Problem&, int64_t item, void* scratch);
+};
+
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  Kernel attend, attend_grad;
+  double (*peak)(int64_t rounds);  // flops done
+};
+
+}  // namespace regard

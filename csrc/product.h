@@ -1,0 +1,99 @@
+// C[r][lane] += sum_k step(A[r][k], B[k][lane]): the one product of attention, in every role.
+//
+//   scores      S^T[key][query]  = K[key][d]       * Q^T[d][query]
+//   output      O^T[e][query]   += V^T[e][key]     * P^T[key][query]
+//   dweights    dP^T[key][query] = V[key][e]       * dO^T[e][query]
+//   dvalue      dV[key][e]      += P^T[key][query] * dO[query][e]
+//   dkey        dK[key][d]      += dS^T[key][query] * Q[query][d]
+//   dquery      dQ^T[d][query]  += K^T[d][key]     * dS^T[key][query]
+//
+// A is read one number at a time and broadcast, with any strides, so keys and values are used as
+// they lie. B and tiles of weights are panels: [lanes / GROUP][k][GROUP], whose lines follow one
+// another; with rows of 64 numbers instead, lines 256 bytes apart evict each other from the first
+// cache. `step` is a product for dot products; other scores differ only there.
+#pragma once
+
+#include "vec.h"
+
+namespace regard::REGARD_ISA {
+
+// Broadcast operand. After `panel` columns the next ones are found `jump` numbers from the first.
+template <class T>
+struct Matrix {
+  const T* at;
+  int64_t row, column;
+  int64_t panel = int64_t(1) << 40, jump = 0;
+};
+
+struct Multiply {
+  template <class T>
+  INLINE Vec<T> call(Vec<T> sum, T a, Vec<T> b, int64_t) {
+    return sum + a * b;
+  }
+};
+
+// R rows of Q vectors, all sums in registers; count >= 1 products each.
+template <int R, int Q, class T, class Step>
+INLINE void register_tile(const Step& step, T* c, int64_t ldc, Matrix<T> a, const T* b,
+                          int64_t count, bool add) {
+  Vec<T> sums[R][Q];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) sums[r][q] = add ? load(c + r * ldc + q * W<T>) : Vec<T>{};
+  int64_t k = 0;
+  while (count > 0) {
+    const T* from = a.at;
+    const auto one = [&]() __attribute__((always_inline)) {
+      Vec<T> right[Q];
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) right[q] = load(b + q * W<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const T left = from[r * a.row];
+#pragma GCC unroll 8
+        for (int q = 0; q < Q; ++q)
+          sums[r][q] = step.template call<T>(sums[r][q], left, right[q], k);
+      }
+      from += a.column, b += GROUP<T>, ++k;
+    };
+    const int64_t some = count < a.panel ? count : a.panel;
+    // Eight products a turn: so few turns that the processor foresees the last one.
+    for (int64_t turn = some / 8; turn > 0; --turn)
+#pragma GCC unroll 8
+      for (int u = 0; u < 8; ++u) one();
+    for (int64_t left = some % 8; left > 0; --left) one();
+    a.at += a.jump, count -= some;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) store(c + r * ldc + q * W<T>, sums[r][q]);
+}
+
+// C[rows][Q vectors] from one panel of B; nothing where rows or count is 0.
+template <int Q, class T, class Step>
+static __attribute__((noinline)) void panel_product(const Step& step, int64_t rows, T* c,
+                                                    int64_t ldc, Matrix<T> a, const T* b,
+                                                    int64_t count, bool add) {
+  if (count <= 0) return;
+  for (; rows >= TILE_ROWS; rows -= TILE_ROWS, c += TILE_ROWS * ldc, a.at += TILE_ROWS * a.row)
+    register_tile<TILE_ROWS, Q>(step, c, ldc, a, b, count, add);
+#define REGARD_ROWS(R) \
+  case R:              \
+    return register_tile<R, Q>(step, c, ldc, a, b, count, add);
+  switch (rows) {
+    REGARD_ROWS(1)
+    REGARD_ROWS(2)
+    REGARD_ROWS(3)
+    REGARD_ROWS(4)
+    REGARD_ROWS(5)
+#if defined(__AVX512F__)
+    REGARD_ROWS(6)
+    REGARD_ROWS(7)
+#endif
+  }
+#undef REGARD_ROWS
+}
+
+}  // namespace regard::REGARD_ISA

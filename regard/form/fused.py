@@ -1,0 +1,327 @@
+"""Tiles in compiled kernels: the same numbers as `tiled`, at the machine's speed, on a CPU.
+
+A matrix is translated to what the kernels know: a score by name, biases by i - j or by (i, j), runs
+of visible keys. What is done once per token (projections, rotations, norms, a learned scale) stays
+in PyTorch, and autograd takes gradients from there on.
+reference  regard/form/dense.py::product        kernels  csrc/attend.h, csrc/attend_grad.h
+memory     inputs, outputs, gradients, two numbers per row, and tiles (see the kernels' headers)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.form.first_order import FirstOrder, check_transforms, once
+from regard.kernel import cpu, extension
+from regard.normalizer import Normalizer, Relu, Row, Sigmoid, Softmax
+from regard.part import per_head
+from regard.position import Bias, Position, Positions
+from regard.runs import Runs
+from regard.score import Additive, Bilinear, Cosine, Distance, Dot, PositionOnly
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BATCH_AXES = 6
+# As in csrc/problem.h.
+DOT, DISTANCE, LEAKY, TANH = 0, 1, 2, 4
+NORMALIZERS: dict[type[Normalizer], int] = {Softmax: 0, Sigmoid: 1, Relu: 2}
+ACTIVATIONS = {"tanh": TANH, "sigmoid": TANH, "leaky_relu": LEAKY, "relu": LEAKY}
+
+
+def needs(matrix: Attention) -> str | None:
+    """CPU tensors, the compiled extension, and parts that the kernels know."""
+    return _needs_parts(matrix) or _needs_tensors(matrix)
+
+
+def _needs_parts(matrix: Attention) -> str | None:
+    score, normalizer = matrix.score, matrix.normalizer
+    if type(score) not in (Dot, Bilinear, Cosine, Distance, PositionOnly, Additive):
+        return f"has no kernel for the score {score}."
+    if isinstance(score, Additive) and score.activation not in ACTIVATIONS:
+        return f"has no kernel for the activation {score.activation!r}."
+    if type(normalizer) not in NORMALIZERS:
+        return f"has no kernel for the normalizer {normalizer}."
+    biases = [part for part in _terms(matrix.position) if _is_bias(part)]
+    if any(type(part) is not Bias and not part.toeplitz for part in biases):
+        return f"has no kernel for the position {matrix.position}."
+    if sum(type(part) is Bias for part in biases) > 1:
+        return "adds one Bias at most; add their tensors up first: Bias(one + other)."
+    return None
+
+
+def _needs_tensors(matrix: Attention) -> str | None:
+    if matrix.device.type != "cpu":
+        return f"needs CPU tensors; these are on {matrix.device}."
+    if matrix.dtype not in DTYPES:
+        return f"has no kernels for {matrix.dtype}."
+    if len(matrix.shape) - 2 > BATCH_AXES:
+        return f"has at most {BATCH_AXES} batch and head axes; these are {len(matrix.shape) - 2}."
+    if torch._C._are_functorch_transforms_active():
+        return "does not run inside torch.func transforms."
+    return f"does not run: {extension.missing()}" if extension.load() is None else None
+
+
+def product(matrix: Attention, value: Tensor) -> Tensor:
+    """The matrix times value, differentiable once."""
+    flat, extra, sizes = _side_by_side(value, tuple(matrix.shape[:-2]))
+    return _apart(_apply(matrix, flat)[0], extra, sizes)
+
+
+def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
+    """The transpose of the matrix times x, differentiable once."""
+    flat, extra, sizes = _side_by_side(x, tuple(matrix.shape[:-2]))
+    return _apart(_apply(matrix, flat, transposed=True)[0], extra, sizes)
+
+
+def rows(matrix: Attention) -> Row:
+    """What turns the logits of each row into weights, [*batch, n], differentiable once."""
+    return _apply(matrix, matrix.key.new_zeros(matrix.key.shape[-2], 0))[1]
+
+
+def _apply(matrix: Attention, x: Tensor, *, transposed: bool = False) -> tuple[Tensor, Row]:
+    tensors = _tensors(matrix)
+    arguments = (*tensors[:2], x, *tensors[2:], *_mask(matrix), *_numbers(matrix))
+    learned = (*tensors, x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
+        run: Any = _Product.apply  # torch leaves its type out
+        output, peak, total = run(transposed, *arguments)
+    else:
+        output, peak, total = _forward(transposed, *arguments)
+    return output, Row(peak, total)
+
+
+def _forward(transposed: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, x, *rest = arguments
+    if not transposed:
+        return cpu.attend(query, key, x, *rest)
+    heads = arguments[11][-1:]  # each head has its own sums over rows
+    nothing = key.new_empty(*heads, key.shape[-2], 0)
+    _, peak, total = cpu.attend(query, key, nothing, *rest)
+    gradients = cpu.attend_grad(x, peak, total, None, query, key, nothing, *rest, _ONLY_VALUE)
+    return gradients[2].to(x.dtype), peak, total
+
+
+class _Product(FirstOrder):
+    """A x or A^T x with the rows of A, as one differentiable step.
+
+    Both are the bilinear form sum_ij left_i weight_ij right_j seen from one side, as in `tiled`.
+    """
+
+    @staticmethod
+    def forward(transposed: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(transposed, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.transposed, *arguments = inputs
+        _, peak, total = output
+        ctx.save_for_backward(peak, total, *arguments[:11])
+        ctx.numbers = arguments[11:]
+        # log(total) + peak does not depend on the peak, which may pass for a constant.
+        ctx.mark_non_differentiable(peak)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
+        peak, total, query, key, x, *tensors = ctx.saved_tensors
+        doutput, _, dtotal = from_above
+        check_transforms()
+        batch = tuple(ctx.numbers[0])
+        if doutput is None:
+            length = key.shape[-2] if ctx.transposed else query.shape[-2]
+            doutput = x.new_zeros(*batch, length, x.shape[-1])
+        left, right = (x, doutput) if ctx.transposed else (doutput, x)
+        wanted = list(ctx.needs_input_grad[1:8])
+        wants_x, wants_sink = wanted[2], wanted[6]
+        wanted = [*wanted[:2], wants_x and not ctx.transposed, *wanted[3:6]]
+        with torch.no_grad():
+            arguments = (query, key, right, *tensors, *ctx.numbers)
+            if any(wanted) or wants_sink:
+                gradients = cpu.attend_grad(
+                    left, peak, total, dtotal, *arguments, _at_least_query(wanted)
+                )
+            else:
+                gradients = [query.new_empty(0)] * 7
+            *found, delta = gradients
+            if ctx.transposed and wants_x:
+                found[2] = cpu.attend(*arguments)[0]
+            sink = None
+            if wants_sink:
+                above = 0 if dtotal is None else dtotal * total
+                (each,) = Softmax(tensors[3]).own_gradients(Row(peak, total), above - delta)
+                sink = each.sum(-1)
+            inputs = (query, key, x, *tensors[:4])
+            homes = [
+                _shaped(gradient, tensor, len(batch)) if needed and gradient is not None else None
+                for gradient, tensor, needed in zip(
+                    (*found, sink), inputs, ctx.needs_input_grad[1:8], strict=True
+                )
+            ]
+        depends_on = [t for t in (doutput, *inputs) if t is not None]
+        return None, *once(homes, *depends_on), *[None] * (4 + len(ctx.numbers))
+
+
+_ONLY_VALUE = [False, False, True, False, False, False]
+
+
+def _at_least_query(wanted: list[bool]) -> list[bool]:
+    """Delta, which a sink's gradient needs, comes with every gradient but that of value alone."""
+    return [True, *wanted[1:]] if not any((*wanted[:2], *wanted[3:])) else wanted
+
+
+def _shaped(gradient: Tensor, tensor: Tensor, axes: int) -> Tensor:
+    """Sum a gradient over heads of a group and broadcast axes, to a tensor's shape and dtype."""
+    if axes and gradient.dim() == axes + 2 and tensor.dim() > 2:
+        heads, own = gradient.shape[-3], tensor.shape[-3]
+        if 1 < own < heads:
+            gradient = gradient.unflatten(-3, (own, heads // own)).sum(-3)
+    return gradient.sum_to_size(tensor.shape).to(tensor.dtype)
+
+
+class _Tensors(NamedTuple):
+    """Tensors with gradients, as the kernels want them but for value, which comes third."""
+
+    query: Tensor
+    key: Tensor
+    weight: Tensor | None
+    toeplitz: Tensor | None
+    bias: Tensor | None
+    sink: Tensor | None
+
+
+def _tensors(matrix: Attention) -> _Tensors:
+    query, key = matrix.rule.operands(matrix.query, matrix.key)
+    score, wide = matrix.score, torch.promote_types(query.dtype, torch.float32)
+    weight: Tensor | None = None
+    constant: Tensor | None = None
+    if isinstance(score, Additive):
+        weight = score.weight
+        if score.activation == "sigmoid":  # sigmoid(x) = 1/2 + tanh(x / 2) / 2
+            query, key, weight = query.to(wide) / 2, key.to(wide) / 2, weight.to(wide) / 2
+            constant = weight.sum(-1)
+    elif isinstance(score, Distance):
+        scale = torch.as_tensor(score.scale, dtype=wide)
+        weight = -scale[..., None].expand(*scale.shape, query.shape[-1])
+    elif isinstance(score, PositionOnly):
+        query, key = query[..., :0], key[..., :0]
+    elif isinstance(scale := score.scale, Tensor):  # type: ignore[attr-defined]
+        query = query.to(wide)
+        query = query * per_head(scale, query)
+    biases = [part for part in _terms(matrix.position) if _is_bias(part)]
+    explicit = next((part.bias for part in biases if isinstance(part, Bias)), None)
+    sink = matrix.normalizer.sink if isinstance(matrix.normalizer, Softmax) else None
+    return _Tensors(
+        query,
+        key,
+        weight,
+        _by_offset(matrix, [part for part in biases if not isinstance(part, Bias)], constant, wide),
+        None if explicit is None else torch.atleast_2d(explicit),
+        None if sink is None else torch.as_tensor(sink, dtype=wide),
+    )
+
+
+def _by_offset(
+    matrix: Attention, parts: list[Position], constant: Tensor | None, wide: torch.dtype
+) -> Tensor | None:
+    """The sum of Toeplitz biases as one vector, [*batch, heads, n + m - 1 + some room]."""
+    n, m = matrix.shape[-2:]
+    if (not parts and constant is None) or 0 in (n, m):
+        return None
+    i, j = torch.arange(n), torch.arange(m)
+    total = torch.zeros(n + m - 1, dtype=wide)
+    if constant is not None:
+        total = total + constant[..., None]
+    for part in parts:
+        # i - j runs from 1 - m to 0 along the first row backwards, then down the first column.
+        row = part.on_score(matrix.query, matrix.key, i[:1], j)
+        column = part.on_score(matrix.query, matrix.key, i, j[:1])
+        if row is not None and column is not None:
+            row, column = row.squeeze(-2).flip(-1), column.squeeze(-1)[..., 1:]
+            total = total + torch.cat([row, column], -1).to(wide)
+    return F.pad(total, (0, cpu.rows_of_a_tile()))
+
+
+def _mask(matrix: Attention) -> tuple[Tensor | None, ...]:
+    runs: Runs | None = matrix.runs
+    lanes = None if matrix.dropout is None else matrix.lanes.contiguous()
+    if runs is None:
+        return None, None, None, lanes
+    return runs.offsets, runs.start.int(), runs.stop.int(), lanes
+
+
+def _numbers(matrix: Attention) -> cpu.Numbers:
+    score, normalizer, dropout = matrix.score, matrix.normalizer, matrix.dropout
+    kind, scale, softcap, slope = DOT, 1.0, 0.0, 0.0
+    if isinstance(score, Additive):
+        kind = ACTIVATIONS[score.activation]
+        slope = score.slope if score.activation == "leaky_relu" else 0.0
+    elif isinstance(score, Distance):
+        kind = DISTANCE
+    elif isinstance(score, (Dot, Bilinear, Cosine)) and not isinstance(score.scale, Tensor):
+        given = score.scale
+        scale = max(matrix.query.shape[-1], 1) ** -0.5 if given is None else float(given)
+    if isinstance(score, Dot) and score.softcap is not None:
+        softcap = float(score.softcap)
+    runs = matrix.runs
+    return cpu.Numbers(
+        batch=tuple(matrix.shape[:-2]),
+        mask_batch=() if runs is None else runs.batch,
+        score=kind,
+        norm=NORMALIZERS[type(normalizer)],
+        mean=isinstance(normalizer, Relu) and normalizer.mean,
+        seed=0 if dropout is None else dropout.seed,
+        threshold=0 if dropout is None else dropout.threshold,
+        scale=scale,
+        softcap=softcap,
+        slope=slope,
+        norm_bias=float(normalizer.bias) if isinstance(normalizer, Sigmoid) else 0.0,
+        factor=1.0 if dropout is None else 1 / (1 - dropout.probability),
+    )
+
+
+def _side_by_side(value: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, list[int], list[int]]:
+    """A value with axes that the matrix has not, as one wider value: A [v w] = [A v, A w].
+
+    Returns it, the places of those axes, and the sizes that its width is made of.
+    """
+    axes = max(value.dim() - 2, len(batch))
+    value = value[(None,) * (axes + 2 - value.dim())]
+    own = (1,) * (axes - len(batch)) + batch
+    extra = [a for a in range(axes) if value.shape[a] > 1 and own[a] == 1]
+    kept = [a for a in range(axes) if a not in extra]
+    sizes = [value.shape[a] for a in (*extra, -1)]
+    if extra:
+        value = value.permute(*kept, axes, *extra, axes + 1).flatten(-len(extra) - 1)
+        for a in extra:
+            value = value.unsqueeze(a)
+    value = value[(0,) * (axes - len(batch))]
+    return value, [a - axes for a in extra], sizes
+
+
+def _apart(output: Tensor, extra: list[int], sizes: list[int]) -> Tensor:
+    """Undo `_side_by_side` for the product."""
+    if not extra:
+        return output
+    output = output.unflatten(-1, sizes)  # [*batch, n, *extra, e]
+    axes = max(output.dim() - len(sizes) - 1, -min(extra))
+    output = output[(None,) * (axes + len(sizes) + 1 - output.dim())]
+    places = [axes + a for a in extra]
+    kept = [a for a in range(axes) if a not in places]
+    order = [len(kept) + 1 + places.index(a) if a in places else kept.index(a) for a in range(axes)]
+    return output.squeeze(places).permute(*order, len(kept), -1)
+
+
+def _terms(position: Position | None) -> tuple[Position, ...]:
+    if position is None:
+        return ()
+    return position.parts if isinstance(position, Positions) else (position,)
+
+
+def _is_bias(part: Position) -> bool:
+    return type(part).on_score is not Position.on_score

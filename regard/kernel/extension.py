@@ -1,0 +1,53 @@
+"""The compiled extension: whether it is here, which instruction set it uses, and why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+log = logging.getLogger("regard")
+
+
+@cache
+def load() -> ModuleType | None:
+    """Return the extension, or None; a missing one is logged once.
+
+    torch is imported before it, so that both use one OpenMP pool.
+    """
+    import torch  # noqa: F401
+
+    try:
+        module = import_module("regard.kernel._cpu")
+    except ImportError as error:
+        log.warning("%s %s", missing(), f"({error})")
+        return None
+    return module
+
+
+def missing() -> str:
+    """What to say where the extension is not there."""
+    return (
+        "regard's compiled kernels are not installed, so attention runs in plain PyTorch, several "
+        "times slower; a C++20 compiler and `pip install --no-binary regard regard` build them."
+    )
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Run the kernels of one instruction set: "avx512", "avx2" or "base"; for tests.
+
+    Raises ValueError for one that this machine does not run.
+    """
+    extension = load()
+    if extension is None:
+        raise ValueError(missing())
+    before = extension.isa()
+    extension.select_isa(name)
+    try:
+        yield
+    finally:
+        extension.select_isa(before)
