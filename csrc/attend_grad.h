@@ -57,6 +57,19 @@ struct TanhGradient {
   }
 };
 
+// Of tables (regard/form/separable.py): r = 1 / (1 + e^(2 q + 2 k)), whose r (1 - r) is a quarter of
+// tanh's derivative. The factors that belong to a channel are left to the caller.
+struct ReciprocalGradient {
+  template <class T>
+  INLINE void call(const Problem&, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
+                   Vec<T>& dk, Vec<T>& dw) {
+    const Vec<T> r = w / (w + q * k), g = dlogit * (r - r * r);
+    dq += g;
+    dk += g;
+    dw += dlogit - dlogit * (r + r);
+  }
+};
+
 template <class T>
 struct GradScratch {
   static constexpr int64_t SIZE = KEYS * ROWS;
@@ -317,6 +330,8 @@ class Backward {
         return pairs<DistanceGradient>(v, dlogits, keys);
       case Score::leaky:
         return pairs<LeakyGradient>(v, dlogits, keys);
+      case Score::reciprocal:
+        return pairs<ReciprocalGradient>(v, dlogits, keys);
       default:
         return pairs<TanhGradient>(v, dlogits, keys);
     }
@@ -331,6 +346,9 @@ class Backward {
     for (int j = 0; j < v.count; ++j)
       for (int64_t c = 0; c < query.padded; ++c)
         packed[j * query.padded + c] = c < p.d ? keys.at[j * keys.row + c] : 0;
+    // Channels beyond the width have weight 0; 1 instead keeps a quotient of them a number.
+    if (p.score == Score::reciprocal)
+      for (int64_t c = p.d; c < query.padded; ++c) s.logits.weight[c] = 1;
     T unused[W<T>] = {};
     T* dweight = of_lane(p.dweight, round_up(p.d, GRADIENT_STEP));
     for (int64_t c = 0; c < p.d; c += W<T>) {

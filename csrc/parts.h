@@ -5,9 +5,10 @@
 
 namespace regard::REGARD_ISA {
 
-// Steps of a score that is a sum over the width: what `product` does instead of multiplying.
+// Steps of scores that are sums over the width: what `product` does instead of multiplying.
 template <class T>
 struct Distance {
+  static constexpr int ROWS_AT_ONCE = 4;
   const T* weight;
   template <class>
   __attribute__((always_inline)) Vec<T> call(Vec<T> sum, T a, Vec<T> b, int64_t k) const {
@@ -16,25 +17,54 @@ struct Distance {
   }
 };
 
+// w leaky(x) = slope w x + (1 - slope) w max(x, 0): the first part is a sum per token (`linear`), so
+// that a pair costs an addition, a maximum and one multiply-add. weight: (1 - slope) w.
 template <class T>
 struct Leaky {
+  static constexpr int ROWS_AT_ONCE = 4;
   const T* weight;
-  T slope;
   template <class>
   __attribute__((always_inline)) Vec<T> call(Vec<T> sum, T a, Vec<T> b, int64_t k) const {
-    const Vec<T> x = b + a;
-    return sum + (x > 0 ? x : x * slope) * weight[k];
+    return sum + max(b + a, Vec<T>{}) * weight[k];
   }
 };
 
 template <class T>
 struct Tanh {
+  static constexpr int ROWS_AT_ONCE = 2;
   const T* weight;
   template <class>
   __attribute__((always_inline)) Vec<T> call(Vec<T> sum, T a, Vec<T> b, int64_t k) const {
     return sum + tanh<T>(b + a) * weight[k];
   }
 };
+
+// Sums over d of 1 / a_d, a_d = c_d + q_d k_d, of R keys and one vector of queries. Four terms share
+// one division: (a + b) / (a b) twice, and once more. a_d stops at 2^31, so that no product of four
+// overflows, and what is cut off is 2^-31 of the largest weight.
+template <int R, class T>
+INLINE void sum_of_reciprocals(T* out, const T* keys, int64_t row, const T* queries, const T* c,
+                               int64_t width) {
+  Vec<T> sums[R] = {};
+  for (int64_t d = 0; d < width; d += 4) {
+    Vec<T> q[4];
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) q[u] = load(queries + (d + u) * GROUP<T>);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec<T> a[4];
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        a[u] = q[u] * keys[r * row + d + u] + c[d + u];
+        a[u] = -max(-a[u], splat(T(-2147483648.0)));
+      }
+      const Vec<T> one = a[0] * a[1], other = a[2] * a[3];
+      sums[r] += ((a[0] + a[1]) * other + (a[2] + a[3]) * one) / (one * other);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) store(out + r * GROUP<T>, sums[r]);
+}
 
 // A tile of numbers per pair is panels [ROWS / GROUP][KEYS][GROUP].
 template <class T>
@@ -66,7 +96,8 @@ class Logits {
       : query(arena, p.d),
         keys_space(arena.take<T>(KEYS * packed_row<T>(p.d))),
         bias_space(arena.take<T>(p.bias.data ? 2 * KEYS * ROWS : 0)),
-        weight(arena.take<T>(p.weight.data ? query.padded : 0)) {}
+        weight(arena.take<T>(p.weight.data ? query.padded + 2 : 0)),
+        bent(arena.take<T>(p.score == Score::leaky ? query.padded : 0)) {}
 
   // Packs the queries [first, first + count) of a lane.
   void start(const Problem& p, int64_t of_lane, int64_t first, int64_t number) {
@@ -74,8 +105,20 @@ class Logits {
     query.read_rows(p, p.query, lane, row, count, p.score == Score::dot ? p.scale : 1);
     query.rows_to_columns();
     if (p.weight.data) {
-      for (int64_t c = p.d; c < query.padded; ++c) weight[c] = 0;
-      read(weight, row_of(p, p.weight, lane, 0), p.weight.kind, p.d);
+      // After the width's own numbers come two of score `reciprocal`.
+      for (int64_t c = p.d; c < query.padded + 2; ++c) weight[c] = 0;
+      read(weight, row_of(p, p.weight, lane, 0), p.weight.kind,
+           p.d + (p.score == Score::reciprocal ? 2 : 0));
+    }
+    if (p.score == Score::leaky && p.slope) {
+      for (int64_t c = 0; c < p.d; ++c) bent[c] = weight[c] * T(1 - p.slope);
+      for (int i = 0; i < ROWS; ++i) linear[i] = 0;
+      for (int64_t c = 0; c < p.d; ++c)
+        for (int g = 0; g < ROWS / GROUP<T>; ++g)
+          for (int q = 0; q < GROUP<T>; q += W<T>)
+            store(linear + g * GROUP<T> + q,
+                  load(linear + g * GROUP<T> + q) +
+                      load(query.column_panel(g) + c * GROUP<T> + q) * (weight[c] * T(p.slope)));
     }
     if (p.toeplitz.data)
       by_offset = reinterpret_cast<const T*>(row_of(p, p.toeplitz, lane, 0)) + row + p.m - 1;
@@ -141,7 +184,10 @@ class Logits {
   T *keys_space, *bias_space;
  public:
   T* weight;
+
  private:
+  T* bent;         // weights of the part of leaky that is not linear
+  T linear[ROWS];  // slope w . query
   const T* by_offset = nullptr;
   Words<T> fixed[ROWS / W<T>], added[ROWS / W<T>];  // of the dropout hash, for each row
 
@@ -163,11 +209,47 @@ class Logits {
       case Score::distance:
         return sums(p, v, keys, out, Distance<T>{weight});
       case Score::leaky:
-        return sums(p, v, keys, out, Leaky<T>{weight, T(p.slope)});
+        if (!p.slope) return sums(p, v, keys, out, Leaky<T>{weight});
+        sums(p, v, keys, out, Leaky<T>{bent});
+        return add_linear(p, v, keys, out);
       case Score::tanh:
-      case Score::reciprocal:
         return sums(p, v, keys, out, Tanh<T>{weight});
+      case Score::reciprocal:
+        return reciprocals(p, v, keys, out);
     }
+  }
+
+  void add_linear(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out) const {
+    T of_key[KEYS];
+    for (int j = 0; j < v.count; ++j) {
+      Vec<T> total{};
+      const T* key = keys.at + j * keys.row;
+      int64_t c = 0;
+      for (; c + W<T> <= p.d; c += W<T>) total += load(key + c) * load(weight + c);
+      of_key[j] = sum<T>(total);
+      for (; c < p.d; ++c) of_key[j] += key[c] * weight[c];
+      of_key[j] *= T(p.slope);
+    }
+    over(v, [&](int j, int at, int q) {
+      store(out + at, load(out + at) + (load(linear + q * W<T>) + of_key[j]));
+    });
+  }
+
+  // w . tanh(q + k) = sum w_d - 2 sum w_d / (1 + e^(2 q_d) e^(2 k_d)), as regard/form/separable.py
+  // prepares it: weight[d] holds the first number, weight[d + 1] the factor of the sum.
+  void reciprocals(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out) const {
+    const T first = weight[p.d], factor = weight[p.d + 1];
+    for (int g = 0; g < v.GROUPS; ++g)
+      for (int q = 0; q < TILE_VECTORS; ++q) {
+        const T* queries = query.column_panel(g) + q * W<T>;
+        T* to = out + g * PANEL<T> + q * W<T>;
+        int j = v.begin[g];
+        for (; j + 4 <= v.end[g]; j += 4)
+          sum_of_reciprocals<4>(to + j * GROUP<T>, keys.at + j * keys.row, keys.row, queries, weight, p.d);
+        for (; j < v.end[g]; ++j)
+          sum_of_reciprocals<1>(to + j * GROUP<T>, keys.at + j * keys.row, keys.row, queries, weight, p.d);
+      }
+    over(v, [&](int, int at, int) { store(out + at, load(out + at) * factor + first); });
   }
 
   void add_bias(const Problem& p, const Visible<T>& v, T* logits) const {

@@ -26,6 +26,7 @@ struct Matrix {
 };
 
 struct Multiply {
+  static constexpr int ROWS_AT_ONCE = TILE_ROWS;
   template <class T>
   INLINE Vec<T> call(Vec<T> sum, T a, Vec<T> b, int64_t) {
     return sum + a * b;
@@ -71,17 +72,21 @@ INLINE void register_tile(const Step& step, T* c, int64_t ldc, Matrix<T> a, cons
     for (int q = 0; q < Q; ++q) store(c + r * ldc + q * W<T>, sums[r][q]);
 }
 
-// C[rows][Q vectors] from one panel of B; nothing where rows or count is 0.
+// C[rows][Q vectors] from one panel of B; nothing where rows or count is 0. A step that needs
+// registers of its own takes fewer rows at once.
 template <int Q, class T, class Step>
 static __attribute__((noinline)) void panel_product(const Step& step, int64_t rows, T* c,
                                                     int64_t ldc, Matrix<T> a, const T* b,
                                                     int64_t count, bool add) {
   if (count <= 0) return;
-  for (; rows >= TILE_ROWS; rows -= TILE_ROWS, c += TILE_ROWS * ldc, a.at += TILE_ROWS * a.row)
-    register_tile<TILE_ROWS, Q>(step, c, ldc, a, b, count, add);
-#define REGARD_ROWS(R) \
-  case R:              \
-    return register_tile<R, Q>(step, c, ldc, a, b, count, add);
+  constexpr int R = Step::ROWS_AT_ONCE;
+  for (; rows >= R; rows -= R, c += R * ldc, a.at += R * a.row)
+    register_tile<R, Q>(step, c, ldc, a, b, count, add);
+#define REGARD_ROWS(LEFT)                                           \
+  case LEFT:                                                        \
+    if constexpr (LEFT < R)                                         \
+      register_tile<LEFT, Q>(step, c, ldc, a, b, count, add);       \
+    break;
   switch (rows) {
     REGARD_ROWS(1)
     REGARD_ROWS(2)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.form import separable
 from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.kernel import cpu, extension
 from regard.normalizer import Normalizer, Relu, Row, Sigmoid, Softmax
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BATCH_AXES = 6
 # As in csrc/problem.h.
-DOT, DISTANCE, LEAKY, TANH = 0, 1, 2, 4
+DOT, DISTANCE, LEAKY, RECIPROCAL, TANH = range(5)
 NORMALIZERS: dict[type[Normalizer], int] = {Softmax: 0, Sigmoid: 1, Relu: 2}
-ACTIVATIONS = {"tanh": TANH, "sigmoid": TANH, "leaky_relu": LEAKY, "relu": LEAKY}
+ACTIVATIONS = ("tanh", "sigmoid", "leaky_relu", "relu")
 
 
 def needs(matrix: Attention) -> str | None:
@@ -85,8 +86,8 @@ def rows(matrix: Attention) -> Row:
 
 
 def _apply(matrix: Attention, x: Tensor, *, transposed: bool = False) -> tuple[Tensor, Row]:
-    tensors = _tensors(matrix)
-    arguments = (*tensors[:2], x, *tensors[2:], *_mask(matrix), *_numbers(matrix))
+    kind, tensors = _tensors(matrix)
+    arguments = (*tensors[:2], x, *tensors[2:], *_mask(matrix), *_numbers(matrix, kind))
     learned = (*tensors, x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
         run: Any = _Product.apply  # torch leaves its type out
@@ -195,19 +196,16 @@ class _Tensors(NamedTuple):
     sink: Tensor | None
 
 
-def _tensors(matrix: Attention) -> _Tensors:
+def _tensors(matrix: Attention) -> tuple[int, _Tensors]:
+    """The kind of score, and what it compares."""
     query, key = matrix.rule.operands(matrix.query, matrix.key)
     score, wide = matrix.score, torch.promote_types(query.dtype, torch.float32)
-    weight: Tensor | None = None
-    constant: Tensor | None = None
+    kind, weight, constant = DOT, None, None
     if isinstance(score, Additive):
-        weight = score.weight
-        if score.activation == "sigmoid":  # sigmoid(x) = 1/2 + tanh(x / 2) / 2
-            query, key, weight = query.to(wide) / 2, key.to(wide) / 2, weight.to(wide) / 2
-            constant = weight.sum(-1)
+        kind, query, key, weight, constant = _additive(score, query, key, wide)
     elif isinstance(score, Distance):
         scale = torch.as_tensor(score.scale, dtype=wide)
-        weight = -scale[..., None].expand(*scale.shape, query.shape[-1])
+        kind, weight = DISTANCE, -scale[..., None].expand(*scale.shape, query.shape[-1])
     elif isinstance(score, PositionOnly):
         query, key = query[..., :0], key[..., :0]
     elif isinstance(scale := score.scale, Tensor):  # type: ignore[attr-defined]
@@ -216,7 +214,7 @@ def _tensors(matrix: Attention) -> _Tensors:
     biases = [part for part in _terms(matrix.position) if _is_bias(part)]
     explicit = next((part.bias for part in biases if isinstance(part, Bias)), None)
     sink = matrix.normalizer.sink if isinstance(matrix.normalizer, Softmax) else None
-    return _Tensors(
+    return kind, _Tensors(
         query,
         key,
         weight,
@@ -224,6 +222,22 @@ def _tensors(matrix: Attention) -> _Tensors:
         None if explicit is None else torch.atleast_2d(explicit),
         None if sink is None else torch.as_tensor(sink, dtype=wide),
     )
+
+
+def _additive(
+    score: Additive, query: Tensor, key: Tensor, wide: torch.dtype
+) -> tuple[int, Tensor, Tensor, Tensor, Tensor | None]:
+    """Kind, query, key, weight, and what is added to every score."""
+    weight, constant = score.weight, None
+    if score.activation not in ("tanh", "sigmoid"):
+        return LEAKY, query, key, weight, None
+    if score.activation == "sigmoid":  # sigmoid(x) = 1/2 + tanh(x / 2) / 2
+        query, key, weight = query.to(wide) / 2, key.to(wide) / 2, weight.to(wide) / 2
+        constant = weight.sum(-1)
+    apart = None if wide == torch.float64 else separable.tables(query, key, weight)
+    if apart is None:
+        return TANH, query, key, weight, constant
+    return RECIPROCAL, *apart, constant
 
 
 def _by_offset(
@@ -255,14 +269,11 @@ def _mask(matrix: Attention) -> tuple[Tensor | None, ...]:
     return runs.offsets, runs.start.int(), runs.stop.int(), lanes
 
 
-def _numbers(matrix: Attention) -> cpu.Numbers:
+def _numbers(matrix: Attention, kind: int) -> cpu.Numbers:
     score, normalizer, dropout = matrix.score, matrix.normalizer, matrix.dropout
-    kind, scale, softcap, slope = DOT, 1.0, 0.0, 0.0
+    scale, softcap, slope = 1.0, 0.0, 0.0
     if isinstance(score, Additive):
-        kind = ACTIVATIONS[score.activation]
         slope = score.slope if score.activation == "leaky_relu" else 0.0
-    elif isinstance(score, Distance):
-        kind = DISTANCE
     elif isinstance(score, (Dot, Bilinear, Cosine)) and not isinstance(score.scale, Tensor):
         given = score.scale
         scale = max(matrix.query.shape[-1], 1) ** -0.5 if given is None else float(given)

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernel import extension
 
 KINDS = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
 STRIP_BYTES = 2**23
-"""What a thread keeps of one tile's rows, weights and their gradients; beyond it, they are redone."""
+"""What a thread keeps of a tile's weights and their gradients; beyond it, they are redone."""
 
 
 class Inputs(NamedTuple):
@@ -214,6 +215,9 @@ def _gathered(homes: Gradients, inputs: Inputs, split: _Split, width: int) -> li
 
     bias = inputs.bias
     d = inputs.query.shape[-1]
+    dweight = whole(homes.weight, d)
+    if inputs.weight is not None and dweight.dim() > 1:
+        dweight = F.pad(dweight, (0, inputs.weight.shape[-1] - d))  # numbers that are not learned
     dbias = homes.bias
     if bias is not None and bias.shape[-2] == 1 and dbias.dim() > 1:
         dbias = whole(dbias, None)[..., None, :]
@@ -221,7 +225,7 @@ def _gathered(homes: Gradients, inputs: Inputs, split: _Split, width: int) -> li
         homes.query,
         whole(homes.key, d),
         whole(homes.value, width),
-        whole(homes.weight, d),
+        dweight,
         whole(homes.toeplitz, None),
         dbias,
         homes.delta,
