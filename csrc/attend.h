@@ -36,7 +36,7 @@ struct State {
   bool absorb_softmax(const Visible<T>& v, T* tile) {
     bool moved = false;
     for (int g = 0; g < v.GROUPS; ++g)
-      for (int q = 0; q < TILE_VECTORS; ++q) {
+      for (int q = 0; q < v.vectors(); ++q) {
         const int lane = g * GROUP<T> + q * W<T>;
         const Vec<T> before = load(peak + lane);
         Vec<T> now = before;
@@ -74,6 +74,30 @@ struct State {
       }
     });
     return false;
+  }
+};
+
+// What turns logits of finished rows into weights again.
+template <class T>
+struct Finished {
+  T peak[ROWS], inverse[ROWS];
+
+  Finished(const Problem& p, int64_t lane, int64_t row, int64_t count) {
+    const int64_t at = lane * p.n + row;
+    for (int i = 0; i < ROWS; ++i) {
+      const T top = i < count ? static_cast<const T*>(p.peak)[at + i] : 0;
+      const T total = i < count ? static_cast<const T*>(p.total)[at + i] : 0;
+      peak[i] = top == -INF<T> ? 0 : top;
+      inverse[i] = total == 0 ? 0 : 1 / total;
+    }
+  }
+
+  // The weight of a vector of logits of the tile's vector q.
+  __attribute__((always_inline)) Vec<T> weight(const Problem& p, Vec<T> logit, int q) const {
+    if (p.norm == Norm::softmax)
+      return exp<T>(logit - load(peak + q * W<T>)) * load(inverse + q * W<T>);
+    if (p.norm == Norm::sigmoid) return sigmoid<T>(logit + T(p.norm_bias));
+    return max(logit, Vec<T>{}) * (p.mean ? load(inverse + q * W<T>) : splat(T(1)));
   }
 };
 
@@ -150,10 +174,9 @@ static void attend(const Problem& p, int64_t item, void* memory) {
     const Matrix<T> values =
         block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space, Read::columns);
     for (int g = 0; g < v.GROUPS; ++g)
-      panel_product<TILE_VECTORS>(Multiply{}, p.e, s.output.column_panel(g), GROUP<T>,
-                                  Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
-                                  s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>,
-                                  v.end[g] - v.begin[g], true);
+      of_panel(v, Multiply{}, p.e, s.output.column_panel(g),
+               Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
+               s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>, v.end[g] - v.begin[g], true);
   }
   finish(p, s, state, static_cast<T*>(p.peak) + lane * p.n + row,
          static_cast<T*>(p.total) + lane * p.n + row);

@@ -109,15 +109,21 @@ class Backward {
     s.left.read_rows(p, p.left, lane, row, count);
     s.left.rows_to_columns();
     for (int64_t c = 0; c < ROWS * s.dquery.padded; ++c) s.dquery.columns[c] = s.dquery.rows[c] = 0;
-    read_statistics();
+    const Finished<T> rows(p, lane, row, count);
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t at = lane * p.n + row + i;
+      drow[i] = p.dtotal && i < count
+                    ? static_cast<const T*>(p.dtotal)[at] * static_cast<const T*>(p.total)[at]
+                    : 0;
+    }
     const bool coupled = p.norm == Norm::softmax && p.value.kind != Kind::none;
-    const int64_t kept = coupled ? sum_delta() : 0;
-    for (int64_t slot = 0; slot < kept; ++slot) push(s.seen[slot], slot);
+    const int64_t kept = coupled ? sum_delta(rows) : 0;
+    for (int64_t slot = 0; slot < kept; ++slot) push(rows, s.seen[slot], slot);
     if (kept < blocks || !coupled) {
       const int64_t last = p.strip - 1;
       Visible<T>& v = s.seen[last];
       Walk<T> walk(p, lane, row, count, kept ? s.seen[kept - 1].first + s.seen[kept - 1].count : 0);
-      while (walk.next(v)) weigh(v, last), push(v, last);
+      while (walk.next(v)) weigh(rows, v, last), push(rows, v, last);
     }
     if (!p.dquery.data) return;
     if (p.score == Score::dot) {
@@ -132,7 +138,7 @@ class Backward {
   GradScratch<T>& s;
   int64_t chunk, lane = 0, row = 0, count = 0, blocks = 0;
   T *dkey, *dvalue;
-  T peak[ROWS], inverse[ROWS], drow[ROWS];
+  T drow[ROWS];
 
   static T* place(const Operand& x, int64_t offset) {
     return x.data ? reinterpret_cast<T*>(x.data) + offset : nullptr;
@@ -144,20 +150,9 @@ class Backward {
   T* dweights(int64_t slot) const { return s.weights(p, slot) + s.SIZE; }
   T* slopes(int64_t slot) const { return p.softcap ? s.weights(p, slot) + 2 * s.SIZE : nullptr; }
 
-  void read_statistics() {
-    const int64_t at = lane * p.n + row;
-    for (int i = 0; i < ROWS; ++i) {
-      const T top = i < count ? static_cast<const T*>(p.peak)[at + i] : 0;
-      const T total = i < count ? static_cast<const T*>(p.total)[at + i] : 0;
-      peak[i] = top == -INF<T> ? 0 : top;
-      inverse[i] = total == 0 ? 0 : 1 / total;
-      drow[i] = p.dtotal && i < count ? static_cast<const T*>(p.dtotal)[at + i] * total : 0;
-    }
-  }
-
   // Keeps what fits of weights and dweights, and turns drow into dtotal total - delta. Returns how
   // many blocks were kept.
-  int64_t sum_delta() {
+  int64_t sum_delta(const Finished<T>& rows) {
     // delta_i = center_i + sum_j weight_ij (dweight_ij - center_i) / sum_j weight_ij, where no sink
     // takes weight: so dlogits sum to 0 even where the weights sum to 1 up to rounding only.
     T delta[ROWS] = {}, center[ROWS] = {}, whole[ROWS] = {};
@@ -167,11 +162,11 @@ class Backward {
     for (int64_t slot = 0; walk.next(s.seen[slot]); slot = blocks < p.strip ? blocks : p.strip - 1) {
       ++blocks;
       const Visible<T>& v = s.seen[slot];
-      weigh(v, slot);
+      weigh(rows, v, slot);
       const T *w = weights(slot), *dw = dweights(slot);
       for (int g = 0; g < v.GROUPS; ++g) {
         if (v.begin[g] == v.end[g]) continue;
-        for (int q = 0; q < TILE_VECTORS; ++q) {
+        for (int q = 0; q < v.vectors(); ++q) {
           const int lanes = g * GROUP<T> + q * W<T>, at = g * PANEL<T> + q * W<T>;
           if (!centered[g]) store(center + lanes, load(dw + at + v.begin[g] * GROUP<T>));
           const Vec<T> middle = load(center + lanes);
@@ -193,10 +188,10 @@ class Backward {
       }
     }
     for (int i = 0; i < ROWS; ++i) {
-      if (inverse[i] == 0) continue;  // a row without keys
+      if (rows.inverse[i] == 0) continue;  // a row without keys
       T of_keys = 1;  // what the weights should sum to
       if (p.sink.data)
-        of_keys -= exp<T>(splat(number_of<T>(p, p.sink, lane) - peak[i]))[0] * inverse[i];
+        of_keys -= exp<T>(splat(number_of<T>(p, p.sink, lane) - rows.peak[i]))[0] * rows.inverse[i];
       const T ratio = whole[i] > 0 ? of_keys / whole[i] : 0;
       delta[i] = delta[i] * ratio + center[i] * of_keys;
       drow[i] -= delta[i];
@@ -207,20 +202,10 @@ class Backward {
   }
 
   // Weights and dweights of a block, dropout's factors in the latter.
-  void weigh(const Visible<T>& v, int64_t slot) {
+  void weigh(const Finished<T>& rows, const Visible<T>& v, int64_t slot) {
     T *w = weights(slot), *dw = dweights(slot);
     s.logits.tile(p, v, s.logits.keys(p, v, Read::rows), w, slopes(slot));
-    over(v, [&](int, int at, int q) {
-      const Vec<T> logit = load(w + at);
-      Vec<T> weight;
-      if (p.norm == Norm::softmax)
-        weight = exp<T>(logit - load(peak + q * W<T>)) * load(inverse + q * W<T>);
-      else if (p.norm == Norm::sigmoid)
-        weight = sigmoid<T>(logit + T(p.norm_bias));
-      else
-        weight = max(logit, Vec<T>{}) * (p.mean ? load(inverse + q * W<T>) : splat(T(1)));
-      store(w + at, weight);
-    });
+    over(v, [&](int, int at, int q) { store(w + at, rows.weight(p, load(w + at), q)); });
     if (p.value.kind == Kind::none) return;
     const Matrix<T> values =
         block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space, Read::rows);
@@ -234,7 +219,7 @@ class Backward {
   }
 
   // Adds what a block contributes to every gradient. Its dweights become dlogits.
-  void push(const Visible<T>& v, int64_t slot) {
+  void push(const Finished<T>& rows, const Visible<T>& v, int64_t slot) {
     T *w = weights(slot), *dw = dweights(slot);
     if (p.value.kind == Kind::none) {  // only dvalue is wanted, as by the product with the transpose
       if (p.dropout.lanes) s.logits.drop(p, v, w);
@@ -249,7 +234,7 @@ class Backward {
       else if (p.norm == Norm::sigmoid)
         dlogit = dweight * weight * (1 - weight);
       else
-        dlogit = weight > 0 ? dweight * (p.mean ? load(inverse + q * W<T>) : splat(T(1))) : Vec<T>{};
+        dlogit = weight > 0 ? dweight * (p.mean ? load(rows.inverse + q * W<T>) : splat(T(1))) : Vec<T>{};
       store(dw + at, dlogit);
       if (p.dropout.lanes) store(w + at, weight * s.logits.drop_factor(p, v.first + j, q));
     });

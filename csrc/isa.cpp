@@ -1,5 +1,6 @@
 // One build of all kernels for one instruction set: compiled once with each set's flags.
 #include "attend_grad.h"
+#include "looks.h"
 
 #ifndef REGARD_ISA
 #error "define REGARD_ISA: base, avx2 or avx512"
@@ -43,6 +44,7 @@ const Kernels kernels = {
      run<attend<float>, attend<double>>},
     {attend_grad_items, scratch<attend_grad_scratch<float>, attend_grad_scratch<double>>,
      run<attend_grad<float>, attend_grad<double>>},
+    {look_items, scratch<look_scratch<float>, look_scratch<double>>, run<look<float>, look<double>>},
     peak,
 };
 

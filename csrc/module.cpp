@@ -220,6 +220,11 @@ NB_MODULE(_cpu, module) {
              p.norm = static_cast<Norm>(norm);
              p.norm_bias = bias, p.mean = mean;
            })
+      .def("look",
+           [](Problem& p, int what, int64_t number, int64_t offset, uintptr_t first, uintptr_t second) {
+             p.looking = {static_cast<Look>(what), number, offset, reinterpret_cast<void*>(first),
+                          reinterpret_cast<void*>(second)};
+           })
       .def("split", [](Problem& p, int64_t chunks, int64_t group, int64_t strip, bool by_rows) {
         p.chunks = chunks, p.group = group, p.strip = strip, p.by_rows = by_rows;
       });
@@ -229,6 +234,8 @@ NB_MODULE(_cpu, module) {
              free_of_gil);
   module.def("attend_grad",
              [](const Problem& p, int threads) { run(kernels().attend_grad, p, threads); },
+             free_of_gil);
+  module.def("look", [](const Problem& p, int threads) { run(kernels().look, p, threads); },
              free_of_gil);
   module.attr("ROWS") = ROWS;
   module.attr("KEYS") = KEYS;

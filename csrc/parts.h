@@ -56,7 +56,7 @@ INLINE void sum_of_reciprocals(T* out, const T* keys, int64_t row, const T* quer
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
         a[u] = q[u] * keys[r * row + d + u] + c[d + u];
-        a[u] = -max(-a[u], splat(T(-2147483648.0)));
+        a[u] = min(a[u], splat(T(2147483648.0)));
       }
       const Vec<T> one = a[0] * a[1], other = a[2] * a[3];
       sums[r] += ((a[0] + a[1]) * other + (a[2] + a[3]) * one) / (one * other);
@@ -70,13 +70,22 @@ INLINE void sum_of_reciprocals(T* out, const T* keys, int64_t row, const T* quer
 template <class T>
 constexpr int PANEL = KEYS * GROUP<T>;
 
+// panel_product to a panel; one vector is enough where a tile has so few queries.
+template <class T, class Step>
+INLINE void of_panel(const Visible<T>& v, const Step& step, int64_t rows, T* c, Matrix<T> a,
+                     const T* b, int64_t count, bool add) {
+  if (v.few)
+    panel_product<1>(step, rows, c, GROUP<T>, a, b, count, add);
+  else
+    panel_product<TILE_VECTORS>(step, rows, c, GROUP<T>, a, b, count, add);
+}
+
 // Runs `each(j, offset, v)` over the visible part of a tile: v numbers its vectors of lanes.
 template <class T, class Each>
 INLINE void over(const Visible<T>& v, const Each& each) {
   for (int g = 0; g < v.GROUPS; ++g)
     for (int j = v.begin[g]; j < v.end[g]; ++j)
-#pragma GCC unroll 2
-      for (int q = 0; q < TILE_VECTORS; ++q)
+      for (int q = 0; q < v.vectors(); ++q)
         each(j, g * PANEL<T> + j * GROUP<T> + q * W<T>, g * TILE_VECTORS + q);
 }
 
@@ -194,11 +203,9 @@ class Logits {
   template <class Step>
   void sums(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out, const Step& step) const {
     for (int g = 0; g < v.GROUPS; ++g)
-      if (v.begin[g] < v.end[g])
-        panel_product<TILE_VECTORS>(step, v.end[g] - v.begin[g],
-                                    out + g * PANEL<T> + v.begin[g] * GROUP<T>, GROUP<T>,
-                                    Matrix<T>{keys.at + v.begin[g] * keys.row, keys.row, 1},
-                                    query.column_panel(g), p.d, false);
+      of_panel(v, step, v.end[g] - v.begin[g], out + g * PANEL<T> + v.begin[g] * GROUP<T>,
+               Matrix<T>{keys.at + v.begin[g] * keys.row, keys.row, 1}, query.column_panel(g), p.d,
+               false);
   }
 
   void scores(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out) const {
@@ -240,7 +247,7 @@ class Logits {
   void reciprocals(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out) const {
     const T first = weight[p.d], factor = weight[p.d + 1];
     for (int g = 0; g < v.GROUPS; ++g)
-      for (int q = 0; q < TILE_VECTORS; ++q) {
+      for (int q = 0; q < v.vectors(); ++q) {
         const T* queries = query.column_panel(g) + q * W<T>;
         T* to = out + g * PANEL<T> + q * W<T>;
         int j = v.begin[g];

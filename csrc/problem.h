@@ -16,6 +16,7 @@ constexpr int GRADIENT_STEP = 16;  // rows of dkey, dvalue and dweight are padde
 
 enum class Kind : int { none, f32, f64, bf16, f16 };
 enum class Score : int { dot, distance, leaky, reciprocal, tanh };
+enum class Look : int { entropy, distance, topk, pool_mean, pool_max };
 enum class Norm : int { softmax, sigmoid, relu };
 
 // Numbers [*batch, heads, rows, columns] somewhere in memory; strides count elements.
@@ -41,6 +42,16 @@ struct Dropout {
   int64_t seed = 0;
   uint32_t threshold = 0;  // a pair falls where its 24 bits are below
   double factor = 1;       // of the others
+};
+
+// What looks.h is asked for, and where it goes.
+struct Looking {
+  Look what = Look::entropy;
+  int64_t number = 1;  // k, or the side of a cell
+  int64_t offset = 0;  // of the rows, for distances
+  // entropy, distance: sum |w| and sum |w| log |w|, or |w| times the distance, [lanes, n] each.
+  // topk: weights T and columns int64, [lanes, n, k]. pool: [lanes, n / side, m / side] and null.
+  void *first = nullptr, *second = nullptr;
 };
 
 struct Problem {
@@ -77,6 +88,8 @@ struct Problem {
   int64_t group = 1;              // heads whose keys' gradients are summed here
   int64_t strip = 1;              // blocks of keys that a strip holds
   bool by_rows = false;           // a chunk does its rows of all lanes
+
+  Looking looking;
 };
 
 // One build of the kernels: `items` pieces of work, each with `scratch` bytes of its own.
@@ -89,7 +102,7 @@ struct Kernel {
 struct Kernels {
   const char* name;
   int vector_bytes;
-  Kernel attend, attend_grad;
+  Kernel attend, attend_grad, look;
   double (*peak)(int64_t rounds);  // flops done
 };
 

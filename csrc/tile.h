@@ -209,9 +209,12 @@ struct Visible {
   static constexpr int GROUPS = ROWS / GROUP<T>;
   int64_t first = 0;  // of the block's keys
   int count = 0;
+  bool few = false;                // the tile's queries fit one vector
   bool full = true;                // every row of the tile sees every key
   uint64_t keep[KEYS];             // one bit per row, where not full
   int begin[GROUPS], end[GROUPS];  // the keys that any lane of a group sees
+
+  int vectors() const { return few ? 1 : TILE_VECTORS; }
 
 };
 
@@ -231,7 +234,10 @@ class Walk {
     }
   }
 
-  bool next(Visible<T>& v) { return p.mask.present ? next_of_runs(v) : next_of_all(v); }
+  bool next(Visible<T>& v) {
+    v.few = rows <= W<T> && p.left.kind == Kind::none;  // the backward pass reads whole panels
+    return p.mask.present ? next_of_runs(v) : next_of_all(v);
+  }
 
  private:
   const Problem& p;

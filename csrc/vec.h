@@ -82,6 +82,14 @@ INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 #endif
 }
 INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return __builtin_ia32_minps256(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
 template <class T>
 INLINE T sum(Vec<T> v) {
   T total = 0;

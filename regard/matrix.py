@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,7 @@ class Attention:
     mask: Mask | None = None
     dropout: Dropout | None = None
     given_lanes: Tensor | None = None
+    known_rows: Any = field(default=None, init=False)  # of regard.form.fused
 
     @cached_property
     def shape(self) -> torch.Size:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.form import separable
+from regard.form import folded, separable
 from regard.form.first_order import FirstOrder, check_transforms, once
+from regard.form.tiles import compute_dtype
 from regard.kernel import cpu, extension
 from regard.normalizer import Normalizer, Relu, Row, Sigmoid, Softmax
 from regard.part import per_head
@@ -70,6 +71,9 @@ def _needs_tensors(matrix: Attention) -> str | None:
 
 def product(matrix: Attention, value: Tensor) -> Tensor:
     """The matrix times value, differentiable once."""
+    few = folded.fold(matrix, value)
+    if few is not None:
+        return folded.unfold(product(few, value), matrix.shape[-3])
     flat, extra, sizes = _side_by_side(value, tuple(matrix.shape[:-2]))
     return _apart(_apply(matrix, flat)[0], extra, sizes)
 
@@ -83,6 +87,35 @@ def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
 def rows(matrix: Attention) -> Row:
     """What turns the logits of each row into weights, [*batch, n], differentiable once."""
     return _apply(matrix, matrix.key.new_zeros(matrix.key.shape[-2], 0))[1]
+
+
+def look(matrix: Attention, what: cpu.Look, number: int = 1, offset: int = 0) -> tuple[Tensor, ...]:
+    """Sums over the weights of rows or cells, see `Looking` in csrc/problem.h."""
+    row = _known_rows(matrix)
+    kind, tensors = _tensors(matrix)
+    nothing = matrix.key.new_empty(matrix.key.shape[-2], 0)
+    arguments = (*tensors[:2], nothing, *tensors[2:], *_mask(matrix), *_numbers(matrix, kind))
+    return cpu.look(row.peak, row.total, *arguments, what, number, offset)
+
+
+def _known_rows(matrix: Attention) -> Row:
+    """The rows of a matrix that is looked at several times, computed once.
+
+    They are kept with the versions of what they were computed from, which torch counts up when a
+    tensor is written to.
+    """
+    if matrix.rule.normalizer.by_pair:
+        nothing = matrix.query.new_zeros(matrix.shape[:-1], dtype=compute_dtype(matrix.dtype))
+        return Row(nothing, nothing)
+    mask = () if matrix.mask is None else matrix.mask.tensors()
+    tensors = (matrix.query, matrix.key, *matrix.rule.tensors(), *mask)
+    if any(tensor.is_inference() for tensor in tensors):
+        return rows(matrix)  # inference tensors do not count
+    versions = tuple(tensor._version for tensor in tensors)
+    if matrix.known_rows is None or matrix.known_rows[0] != versions:
+        matrix.known_rows = versions, rows(matrix)
+    known: Row = matrix.known_rows[1]
+    return known
 
 
 def _apply(matrix: Attention, x: Tensor, *, transposed: bool = False) -> tuple[Tensor, Row]:

@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard import errors
+from regard.form import fused
 from regard.form.tiles import Tile, Tiles, compute_dtype
+from regard.kernel.cpu import Look
+from regard.normalizer import Softmax
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -30,6 +33,8 @@ class TopK(NamedTuple):
 def topk(matrix: Attention, k: int) -> TopK:
     """The k largest weights of each row, [*batch, n, k]; index -1, weight 0 where it sees fewer."""
     errors.check_number("topk's k", k, whole=True, least=1)
+    if fused.needs(matrix) is None:
+        return TopK(*fused.look(matrix, Look.TOPK, k))
     _, each = _tiles(matrix)
     shape, dtype = (*matrix.shape[:-1], k), compute_dtype(matrix.dtype)
     values = torch.full(shape, -torch.inf, dtype=dtype, device=matrix.device)
@@ -47,7 +52,10 @@ def topk(matrix: Attention, k: int) -> TopK:
 
 def entropy(matrix: Attention) -> Tensor:
     """- sum_j p_ij log p_ij in nats, p_ij = |weight_ij| / sum_j |weight_ij|; [*batch, n]."""
-    size, spread = _row_sums(matrix, lambda size, tile: torch.xlogy(size, size))
+    if _has_logarithms(matrix):
+        size, spread = fused.look(matrix, Look.ENTROPY)
+    else:
+        size, spread = _row_sums(matrix, lambda size, tile: torch.xlogy(size, size))
     some = size > 0
     safe = torch.where(some, size, 1)
     return torch.where(some, (safe.log() - spread / safe).clamp(min=0), size)
@@ -61,7 +69,10 @@ def distance(matrix: Attention, offset: int) -> Tensor:
         i, j = tiles.at(tile.rows, tile.span.columns)
         return size * (i[:, None] + offset - j).abs()
 
-    size, total = _row_sums(matrix, spread)
+    if fused.needs(matrix) is None:
+        size, total = fused.look(matrix, Look.DISTANCE, offset=offset)
+    else:
+        size, total = _row_sums(matrix, spread)
     return torch.where(size > 0, total / torch.where(size > 0, size, 1), size)
 
 
@@ -74,8 +85,17 @@ def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
     if reduce not in ("mean", "max"):
         raise ValueError(f"pool reduces with 'mean' or 'max', not {reduce!r}.")
     *batch, n, m = matrix.shape
-    _, each = _tiles(matrix)
     size = min(size, max(n, m, 1))
+    counts = [
+        (length - torch.arange(0, length, size, device=matrix.device)).clamp(max=size)
+        for length in (n, m)
+    ]
+    pairs = counts[0][:, None] * counts[1]
+    if fused.needs(matrix) is None:
+        what = Look.POOL_MEAN if reduce == "mean" else Look.POOL_MAX
+        pooled, _ = fused.look(matrix, what, size)
+        return pooled / pairs if reduce == "mean" else pooled
+    _, each = _tiles(matrix)
     cells = [-(-length // size) for length in (n, m)]
     start = 0.0 if reduce == "mean" else -torch.inf
     pooled = matrix.query.new_full((*batch, *cells), start, dtype=compute_dtype(matrix.dtype))
@@ -95,11 +115,6 @@ def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
         reached[rows, columns] += parts[1]
         place = pooled[..., rows, columns]
         place.copy_(place + parts[0] if reduce == "mean" else torch.maximum(place, parts[0]))
-    counts = [
-        (length - torch.arange(0, length, size, device=matrix.device)).clamp(max=size)
-        for length in (n, m)
-    ]
-    pairs = counts[0][:, None] * counts[1]
     if reduce == "mean":
         return pooled / pairs
     # A pair that no tile reaches is not visible and has weight 0.
@@ -131,6 +146,12 @@ def _row_sums(matrix: Attention, spread: Callable[[Tensor, Tile], Tensor]) -> tu
         size[..., tile.rows] += weights.sum(-1)
         total[..., tile.rows] += spread(weights, tile).sum(-1)
     return size, total
+
+
+def _has_logarithms(matrix: Attention) -> bool:
+    """Whether log weight is logit - logsumexp, so that a kernel needs no logarithm."""
+    plain = isinstance(matrix.normalizer, Softmax) and matrix.dropout is None
+    return plain and fused.needs(matrix) is None
 
 
 def _tiles(matrix: Attention) -> tuple[Tiles, Iterator[Tile]]:

@@ -1,7 +1,8 @@
 """Additive relevance with tanh by one division for four channels: e^(2q + 2k) = e^(2q) e^(2k).
 
     w . tanh(q + k) = sum_d |w_d| - 2 w_max sum_d 1 / a_d,
-    a_d = c_d + Q_d K_d,  c_d = w_max / |w_d|,  Q_d = c_d e^(2 s_d (q_d - o_d)),  K_d = e^(2 s_d (k_d + o_d))
+    a_d = c_d + Q_d K_d,  c_d = w_max / |w_d|,
+    Q_d = c_d e^(2 s_d (q_d - o_d)),  K_d = e^(2 s_d (k_d + o_d))
 
 with s_d the sign of w_d (tanh is odd) and o_d an offset that tanh(q + k) does not see. The tables Q
 and K cost one exponential per token and channel, taken in float64; per pair and channel there is a

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regard.form import fused
 from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiled_grad import Backward
 from regard.form.tiles import Tiles, compute_dtype
@@ -50,7 +51,7 @@ def logsumexp(matrix: Attention) -> Tensor:
     """log sum_j exp(logit_ij) of each row, whatever the normalizer."""
     if not isinstance(matrix.rule.normalizer, Softmax):
         matrix = matrix.with_normalizer(Softmax())
-    row = rows(matrix)
+    row = fused.rows(matrix) if fused.needs(matrix) is None else rows(matrix)
     empty = row.total == 0
     return torch.where(empty, -torch.inf, torch.where(empty, 1, row.total).log() + row.peak)
 

@@ -2,6 +2,7 @@
 
     regard::attend       output, peak, total   (csrc/attend.h)
     regard::attend_grad  gradients             (csrc/attend_grad.h)
+    regard::look         sums over weights     (csrc/looks.h)
 
 The operators take tensors and numbers only. What a matrix is made of is translated to them in
 `regard.kernel.parts`; which gradient belongs where is written in `regard.form.fused`.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +73,20 @@ library.define(
     f"attend_grad(Tensor left, Tensor peak, Tensor total, Tensor? dtotal, {_TENSORS}, {_NUMBERS}, "
     "bool[] wanted) -> Tensor[]"
 )
+library.define(
+    f"look(Tensor peak, Tensor total, {_TENSORS}, {_NUMBERS}, int what, int number, int offset) "
+    "-> (Tensor, Tensor)"
+)
+
+
+class Look(IntEnum):
+    """What `look` can be asked, as in csrc/problem.h."""
+
+    ENTROPY = 0
+    DISTANCE = 1
+    TOPK = 2
+    POOL_MEAN = 3
+    POOL_MAX = 4
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -149,6 +165,31 @@ def attend_grad_fake(
     split = _Split(1, 1, 1, False)
     homes = _homes(inputs, numbers, arguments[-1], split, left)
     return _gathered(homes, inputs, split, left.shape[-1])
+
+
+def look(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """What was asked about each row or cell, see `Looking` in csrc/problem.h."""
+    inputs, numbers = _in_lines(Inputs(*arguments[:11])), Numbers(*arguments[11:-3])
+    first, second = look_fake(peak, total, *arguments)
+    if first.numel() and arguments[-3] in (Look.POOL_MEAN, Look.POOL_MAX):
+        first.zero_()
+    problem = _problem(inputs, numbers, 0, with_value=False)
+    problem.rows(peak.data_ptr(), total.data_ptr(), 0, 0)
+    problem.look(*arguments[-3:], first.data_ptr(), second.data_ptr())
+    _extension().look(problem, torch.get_num_threads())
+    return first, second
+
+
+def look_fake(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Unfilled results of `look`."""
+    key, what, number = arguments[1], *arguments[-3:-1]
+    rows, (n, m) = tuple(peak.shape), (peak.shape[-1], key.shape[-2])
+    if what == Look.TOPK:
+        return peak.new_empty((*rows, number)), peak.new_empty((*rows, number), dtype=torch.int64)
+    if what in (Look.POOL_MEAN, Look.POOL_MAX):
+        cells = -(-n // number), -(-m // number)
+        return peak.new_empty((*rows[:-1], *cells)), peak.new_empty(0)
+    return peak.new_empty(rows), peak.new_empty(rows)
 
 
 class _Split(NamedTuple):
@@ -295,5 +336,7 @@ def _extension() -> Any:
 
 library.impl("attend", attend, "CPU")
 library.impl("attend_grad", attend_grad, "CPU")
+library.impl("look", look, "CPU")
 torch.library.register_fake("regard::attend", attend_fake, lib=library)
 torch.library.register_fake("regard::attend_grad", attend_grad_fake, lib=library)
+torch.library.register_fake("regard::look", look_fake, lib=library)
