@@ -148,7 +148,8 @@ static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, T* pe
       factor[i] = state.total[i] == 0 ? 0 : 1 / state.total[i];
     }
   }
-  for (int64_t i = 0; i < s.logits.count; ++i) peak[i] = state.peak[i], total[i] = state.total[i];
+  for (int64_t i = 0; peak && i < s.logits.count; ++i)
+    peak[i] = state.peak[i], total[i] = state.total[i];
   if (!p.e) return;
   s.scale_sums(factor);
   s.output.columns_to_rows();
@@ -178,8 +179,9 @@ static void attend(const Problem& p, int64_t item, void* memory) {
                Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
                s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>, v.end[g] - v.begin[g], true);
   }
-  finish(p, s, state, static_cast<T*>(p.peak) + lane * p.n + row,
-         static_cast<T*>(p.total) + lane * p.n + row);
+  const int64_t at = lane * p.n + row;
+  finish(p, s, state, p.peak ? static_cast<T*>(p.peak) + at : nullptr,
+         p.total ? static_cast<T*>(p.total) + at : nullptr);
 }
 
 template <class T>

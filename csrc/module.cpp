@@ -173,6 +173,27 @@ void set_mask(Problem& p, uintptr_t offsets, uintptr_t start, uintptr_t stop, nb
   }
 }
 
+// softmax(scale query key^T) value in one call: for small matrices the calls would cost more.
+void attend_plain(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t output, int kind,
+                  nb::tuple shapes, nb::tuple strides, double scale, int threads) {
+  auto shape = [&](int k) { return nb::cast<nb::tuple>(shapes[size_t(k)]); };
+  auto last = [](nb::tuple t, size_t from_end) { return nb::cast<int64_t>(t[t.size() - from_end]); };
+  const nb::tuple q = shape(0), k = shape(1), v = shape(2);
+  Problem p;
+  p.axes = int(q.size()) - 2;
+  p.lanes = 1;
+  for (int a = 0; a < p.axes; ++a) p.lanes *= p.size[a] = nb::cast<int64_t>(q[size_t(a)]);
+  p.n = last(q, 2), p.m = last(k, 2), p.d = last(q, 1), p.e = last(v, 1);
+  p.compute = kind_of(kind) == Kind::f64 ? Kind::f64 : Kind::f32;
+  p.scale = scale;
+  const uintptr_t data[] = {query, key, value, output};
+  Operand* const homes[] = {&p.query, &p.key, &p.value, &p.output};
+  for (int x = 0; x < 4; ++x)
+    *homes[x] = operand(p, data[x], kind, shape(x), nb::cast<nb::tuple>(strides[size_t(x)]), 2);
+  nb::gil_scoped_release free;
+  run(kernels().attend, p, threads);
+}
+
 double peak_flops(int threads, double seconds) {
   const Kernels& k = kernels();
   const int64_t rounds = 1 << 20;
@@ -232,6 +253,7 @@ NB_MODULE(_cpu, module) {
   const auto free_of_gil = nb::call_guard<nb::gil_scoped_release>();
   module.def("attend", [](const Problem& p, int threads) { run(kernels().attend, p, threads); },
              free_of_gil);
+  module.def("attend_plain", &attend_plain);
   module.def("attend_grad",
              [](const Problem& p, int threads) { run(kernels().attend_grad, p, threads); },
              free_of_gil);

@@ -72,7 +72,7 @@ struct Problem {
   Mask mask;
   Dropout dropout;
 
-  // Forward: output and the statistics of rows, [lanes, n] each.
+  // Forward: output and the statistics of rows, [lanes, n] each (null where they are not wanted).
   Operand output;
   void *peak = nullptr, *total = nullptr;
 

@@ -204,7 +204,7 @@ def broadcast_batch(query: Tensor, key: Tensor) -> tuple[int, ...]:
             f"query {show(query.shape)}, key {show(key.shape)}; heads are axis -3."
         )
     try:
-        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+        batch = broadcast(query.shape[:-3], key.shape[:-3])
     except RuntimeError:
         raise ShapeError(
             f"the batch axes of query {show(query.shape)} and key {show(key.shape)} do not "
@@ -234,12 +234,17 @@ def check_factor(name: str, shape: Sequence[int], x: Tensor, key_heads: int) -> 
             f"{name} must have {' or '.join(map(str, wanted))}."
         )
     try:
-        torch.broadcast_shapes(x.shape[:-3], shape[:-3])
+        broadcast(x.shape[:-3], shape[:-3])
     except RuntimeError:
         raise ShapeError(
             f"the batch axes of {name} {show(x.shape)} do not broadcast against the matrix "
             f"{show(shape)}."
         ) from None
+
+
+def broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    """`torch.broadcast_shapes` of two shapes, whose 30 us matter where a matrix is small."""
+    return tuple(one) if one == other else tuple(torch.broadcast_shapes(one, other))
 
 
 def fits(given: Sequence[int], wanted: Sequence[int]) -> bool:

@@ -80,7 +80,7 @@ def attention(
         if part is not None:
             errors.check_kind(name, part, kind)
     for formula in (score, position, normalizer):
-        if formula is not None:
+        if formula is not None and formula.tensors():
             errors.check_device(formula, formula.tensors(), query.device)
             formula.check_heads(batch)
     for placed in (position, mask):
@@ -89,7 +89,9 @@ def attention(
     if mask is not None:
         errors.check_device(mask, mask.tensors(), query.device)
         errors.check_fits(mask, mask.axes(), batch)
-    return Attention(query, key, Rule(score, position, normalizer), mask, dropout)
+    matrix = Attention(query, key, Rule(score, position, normalizer), mask, dropout)
+    matrix.__dict__["shape"] = torch.Size((*batch, query.shape[-2], key.shape[-2]))
+    return matrix
 
 
 # Not frozen: torch.compile rebuilds frozen dataclasses from placeholders, which parts refuse.

@@ -28,7 +28,11 @@ class Part:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor this part holds, in the order of its fields."""
-        return tuple(tensor for _, tensor in self.named_tensors())
+        known: tuple[Tensor, ...] | None = self.__dict__.get("_tensors")
+        if known is None:  # fields never change, so they are gone through once
+            known = tuple(tensor for _, tensor in self.named_tensors())
+            self.__dict__["_tensors"] = known
+        return known
 
     def named_tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Every tensor with the path of the field that holds it, such as `parts.0.slopes`."""
@@ -90,6 +94,7 @@ class Part:
 
         # A copy skips __post_init__: what was valid stays valid, and tiles are many.
         twin = copy.copy(self)
+        twin.__dict__.pop("_tensors", None)
         for field in fields(self):  # type: ignore[arg-type]
             item = getattr(self, field.name)
             if isinstance(item, tuple):

@@ -21,6 +21,11 @@ class Rule(Part):
     position: Position | None
     normalizer: Normalizer
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A rule is made anew for every matrix; its parts know theirs."""
+        position = () if self.position is None else self.position.tensors()
+        return (*self.score.tensors(), *position, *self.normalizer.tensors())
+
     def operands(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Everything that is done once per token; `logits` compares the results."""
         if self.position is not None:

@@ -71,11 +71,41 @@ def _needs_tensors(matrix: Attention) -> str | None:
 
 def product(matrix: Attention, value: Tensor) -> Tensor:
     """The matrix times value, differentiable once."""
+    if _is_plain(matrix, value):
+        query, score = matrix.query, matrix.rule.score
+        scale = score.scale  # type: ignore[attr-defined]
+        scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+        return cpu.attend_plain(query, matrix.key, value, scale)
     few = folded.fold(matrix, value)
     if few is not None:
         return folded.unfold(product(few, value), matrix.shape[-3])
     flat, extra, sizes = _side_by_side(value, tuple(matrix.shape[:-2]))
     return _apart(_apply(matrix, flat)[0], extra, sizes)
+
+
+def _is_plain(matrix: Attention, value: Tensor) -> bool:
+    """Whether this is softmax(scale query key^T) value and nothing else: then one call does it."""
+    rule, query, key = matrix.rule, matrix.query, matrix.key
+    score, normalizer, batch = rule.score, rule.normalizer, query.shape[:-2]
+    if not (
+        matrix.mask is None
+        and matrix.dropout is None
+        and rule.position is None
+        and type(score) is Dot
+        and score.softcap is None
+        and not isinstance(score.scale, Tensor)
+        and type(normalizer) is Softmax
+        and normalizer.sink is None
+    ):
+        return False
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        return False
+    return (
+        batch == value.shape[:-2] == key.shape[:-2]
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    )
 
 
 def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
@@ -334,6 +364,8 @@ def _side_by_side(value: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, list[i
 
     Returns it, the places of those axes, and the sizes that its width is made of.
     """
+    if value.shape[:-2] == batch:
+        return value, [], []
     axes = max(value.dim() - 2, len(batch))
     value = value[(None,) * (axes + 2 - value.dim())]
     own = (1,) * (axes - len(batch)) + batch

@@ -104,6 +104,27 @@ def attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return output, peak, total
 
 
+def attend_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale query key^T) value in one call, without what a small matrix need not pay for.
+
+    All three have the same axes before the last two (key and value may have fewer heads), the same
+    dtype, and vectors that lie in one piece.
+    """
+    output = value.new_empty((*query.shape[:-1], value.shape[-1]))
+    _extension().attend_plain(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        output.data_ptr(),
+        KINDS[query.dtype],
+        (query.shape, key.shape, value.shape, output.shape),
+        (query.stride(), key.stride(), value.stride(), output.stride()),
+        scale,
+        torch.get_num_threads(),
+    )
+    return output
+
+
 def attend_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled results of `attend`."""
     query, _, value, *_, batch = arguments[:12]
