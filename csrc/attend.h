@@ -127,9 +127,34 @@ struct AttendScratch {
   }
 };
 
+// 0 times NaN is NaN: values of a partly hidden block that are not finite are set to 0, and the rows
+// that do see one are marked, one bit each.
+template <class T>
+static Matrix<T> shield(const Problem& p, const Visible<T>& v, Matrix<T> values, T* space,
+                        uint64_t& poisoned) {
+  const int64_t row = packed_row<T>(p.e);
+  bool copied = values.at == space;
+  for (int j = 0; j < v.count; ++j) {
+    const T* value = values.at + j * values.row;
+    Vec<T> excess{};  // x - x is 0 for finite numbers only
+    int64_t at = 0;
+    for (; at + W<T> <= p.e; at += W<T>) excess += load(value + at) - load(value + at);
+    for (; at < p.e; ++at) excess += value[at] - value[at];
+    if (sum<T>(excess) == 0) continue;
+    poisoned |= v.keep[j];
+    if (!copied)
+      for (int k = 0; k < v.count; ++k)
+        __builtin_memcpy(space + k * row, values.at + k * values.row, size_t(p.e) * sizeof(T));
+    if (!copied) values = {space, row, 1}, copied = true;
+    for (int64_t c = 0; c < p.e; ++c) space[j * row + c] = 0;
+  }
+  return values;
+}
+
 // Puts the sums of a tile where they belong.
 template <class T>
-static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, T* peak, T* total) {
+static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, uint64_t poisoned, T* peak,
+                   T* total) {
   T factor[ROWS];
   for (int i = 0; i < ROWS; ++i) {
     factor[i] = 1;
@@ -151,6 +176,8 @@ static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, T* pe
   for (int64_t i = 0; peak && i < s.logits.count; ++i)
     peak[i] = state.peak[i], total[i] = state.total[i];
   if (!p.e) return;
+  for (int i = 0; i < ROWS; ++i)
+    if (poisoned >> i & 1) factor[i] = T(__builtin_nan(""));
   s.scale_sums(factor);
   s.output.columns_to_rows();
   s.output.write_rows(p, p.output, s.logits.lane, s.logits.row, s.logits.count);
@@ -165,6 +192,7 @@ static void attend(const Problem& p, int64_t item, void* memory) {
   s.logits.start(p, lane, row, p.n - row < ROWS ? p.n - row : ROWS);
   State<T> state;
   state.start();
+  uint64_t poisoned = 0;
   for (int64_t c = 0; c < s.output.padded * ROWS; ++c) s.output.columns[c] = 0;
   Walk<T> walk(p, lane, row, s.logits.count);
   for (Visible<T> v; walk.next(v);) {
@@ -172,15 +200,16 @@ static void attend(const Problem& p, int64_t item, void* memory) {
     if (state.absorb(p, v, s.tile)) s.scale_sums(state.decay);
     if (p.dropout.lanes) s.logits.drop(p, v, s.tile);
     if (!p.e) continue;
-    const Matrix<T> values =
+    Matrix<T> values =
         block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space, Read::columns);
+    if (p.mask.present && !v.full) values = shield(p, v, values, s.values_space, poisoned);
     for (int g = 0; g < v.GROUPS; ++g)
       of_panel(v, Multiply{}, p.e, s.output.column_panel(g),
                Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
                s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>, v.end[g] - v.begin[g], true);
   }
   const int64_t at = lane * p.n + row;
-  finish(p, s, state, p.peak ? static_cast<T*>(p.peak) + at : nullptr,
+  finish(p, s, state, poisoned, p.peak ? static_cast<T*>(p.peak) + at : nullptr,
          p.total ? static_cast<T*>(p.total) + at : nullptr);
 }
 

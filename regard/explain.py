@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from regard import errors, form
-from regard.form.tiles import Tiles, compute_dtype
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -58,7 +56,6 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
         errors.check_tensor("value", value)
         errors.check_factor("value", matrix.shape, value, errors.heads_of(matrix.key))
     name = form.choose(matrix)
-    tiles = Tiles.of(matrix)
     lanes = matrix.shape[:-2].numel()
     width, out = matrix.query.shape[-1], (matrix.key if value is None else value).shape[-1]
     n = matrix.shape[-2]
@@ -71,20 +68,17 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
     size = matrix.query.element_size()
     inputs = matrix.query.numel() + matrix.key.numel()
     inputs += (matrix.key if value is None else value).numel()
-    numbers = matrix.score.numbers_per_pair(width)
-    wide = compute_dtype(matrix.dtype).itemsize
-    sides = (min(tiles.side, length) for length in matrix.shape[-2:])
-    tile_bytes = lanes * math.prod(sides) * (numbers + 2) * wide
+    kernel, memory, tile = form.FORMS[name].kernel(matrix)
     return Explanation(
         matrix=repr(matrix),
         form=name,
-        kernel="generic tiles in PyTorch, running normalizer, backward recomputes",
+        kernel=kernel,
         pairs=pairs,
         pairs_in_all=pairs_in_all,
         flops=pairs * (matrix.score.flops_per_pair(width) + 2 * out),
         bytes=(inputs + lanes * n * out) * size,
-        memory=tile_bytes + lanes * n * wide,
-        tile=tiles.side,
+        memory=memory,
+        tile=tile,
         not_chosen={
             other: module.needs(matrix) or _dearer(matrix, other)
             for other, module in form.FORMS.items()

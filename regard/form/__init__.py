@@ -53,7 +53,11 @@ def product(matrix: Attention, value: Tensor, name: str | None) -> Tensor:
     """The matrix times value, in the form named or chosen."""
     module = FORMS[choose(matrix, name)]
     output: Tensor
-    if matrix.runs is None or _finite(matrix.query, matrix.key, value):
+    if (
+        matrix.runs is None
+        or shields_itself(module, matrix, value)
+        or _finite(matrix.query, matrix.key, value)
+    ):
         output = module.product(matrix, value)
         return output
     bad = _bad(value)
@@ -103,6 +107,11 @@ def shield(matrix: Attention, bad_value: Tensor) -> tuple[Attention, Tensor | No
         key=matrix.key.masked_fill(bad_key[..., None], 0),
     )
     return clean, poisoned
+
+
+def shields_itself(module: ModuleType, matrix: Attention, value: Tensor) -> bool:
+    """The compiled forward pass looks at values as it reads them; its backward pass does not."""
+    return module is fused and not fused.wants_gradient(matrix, value)
 
 
 def _finite(*tensors: Tensor) -> bool:

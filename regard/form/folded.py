@@ -1,7 +1,7 @@
-"""Few queries against many keys: the heads that share keys become rows of one head.
+"""The same product with other axes: heads as rows, and several values as one.
 
-H / G heads that read one key head, with n queries each, are H / G n queries of that head; a cache
-is then read once, and not once per head. What is a view stays a view.
+Few queries against many keys: H / G heads that read one key head, with n queries each, are H / G n
+queries of that head; a cache is then read once, and not once per head. What is a view stays a view.
 """
 
 from __future__ import annotations
@@ -63,3 +63,37 @@ def _repeated(runs: Runs, size: int) -> Runs:
     return Runs(
         many.batch[:-1], size * runs.rows, runs.columns, many.offsets, many.start, many.stop
     )
+
+
+def side_by_side(value: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, list[int], list[int]]:
+    """A value with axes that the matrix has not, as one wider value: A [v w] = [A v, A w].
+
+    Returns it, the places of those axes, and the sizes that its width is made of.
+    """
+    if value.shape[:-2] == batch:
+        return value, [], []
+    axes = max(value.dim() - 2, len(batch))
+    value = value[(None,) * (axes + 2 - value.dim())]
+    own = (1,) * (axes - len(batch)) + batch
+    extra = [a for a in range(axes) if value.shape[a] > 1 and own[a] == 1]
+    kept = [a for a in range(axes) if a not in extra]
+    sizes = [value.shape[a] for a in (*extra, -1)]
+    if extra:
+        value = value.permute(*kept, axes, *extra, axes + 1).flatten(-len(extra) - 1)
+        for a in extra:
+            value = value.unsqueeze(a)
+    value = value[(0,) * (axes - len(batch))]
+    return value, [a - axes for a in extra], sizes
+
+
+def apart(output: Tensor, extra: list[int], sizes: list[int]) -> Tensor:
+    """Undo `side_by_side` for the product."""
+    if not extra:
+        return output
+    output = output.unflatten(-1, sizes)  # [*batch, n, *extra, e]
+    axes = max(output.dim() - len(sizes) - 1, -min(extra))
+    output = output[(None,) * (axes + len(sizes) + 1 - output.dim())]
+    places = [axes + a for a in extra]
+    kept = [a for a in range(axes) if a not in places]
+    order = [len(kept) + 1 + places.index(a) if a in places else kept.index(a) for a in range(axes)]
+    return output.squeeze(places).permute(*order, len(kept), -1)

@@ -9,52 +9,28 @@ memory     inputs, outputs, gradients, two numbers per row, and tiles (see the k
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from regard.form import folded, separable
+from regard.form import folded, operands
 from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiles import compute_dtype
 from regard.kernel import cpu, extension
-from regard.normalizer import Normalizer, Relu, Row, Sigmoid, Softmax
-from regard.part import per_head
-from regard.position import Bias, Position, Positions
-from regard.runs import Runs
-from regard.score import Additive, Bilinear, Cosine, Distance, Dot, PositionOnly
+from regard.normalizer import Row, Softmax
+from regard.score import Dot
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BATCH_AXES = 6
-# As in csrc/problem.h.
-DOT, DISTANCE, LEAKY, RECIPROCAL, TANH = range(5)
-NORMALIZERS: dict[type[Normalizer], int] = {Softmax: 0, Sigmoid: 1, Relu: 2}
-ACTIVATIONS = ("tanh", "sigmoid", "leaky_relu", "relu")
 
 
 def needs(matrix: Attention) -> str | None:
     """CPU tensors, the compiled extension, and parts that the kernels know."""
-    return _needs_parts(matrix) or _needs_tensors(matrix)
-
-
-def _needs_parts(matrix: Attention) -> str | None:
-    score, normalizer = matrix.score, matrix.normalizer
-    if type(score) not in (Dot, Bilinear, Cosine, Distance, PositionOnly, Additive):
-        return f"has no kernel for the score {score}."
-    if isinstance(score, Additive) and score.activation not in ACTIVATIONS:
-        return f"has no kernel for the activation {score.activation!r}."
-    if type(normalizer) not in NORMALIZERS:
-        return f"has no kernel for the normalizer {normalizer}."
-    biases = [part for part in _terms(matrix.position) if _is_bias(part)]
-    if any(type(part) is not Bias and not part.toeplitz for part in biases):
-        return f"has no kernel for the position {matrix.position}."
-    if sum(type(part) is Bias for part in biases) > 1:
-        return "adds one Bias at most; add their tensors up first: Bias(one + other)."
-    return None
+    return operands.needs(matrix) or _needs_tensors(matrix)
 
 
 def _needs_tensors(matrix: Attention) -> str | None:
@@ -69,6 +45,15 @@ def _needs_tensors(matrix: Attention) -> str | None:
     return f"does not run: {extension.missing()}" if extension.load() is None else None
 
 
+def kernel(matrix: Attention) -> tuple[str, int, int]:
+    """What `explain` says: the code that runs, bytes beyond inputs and outputs, side of a tile."""
+    size = compute_dtype(matrix.dtype).itemsize
+    scratch = cpu.scratch_bytes(matrix.query.shape[-1], matrix.key.shape[-1], size)
+    rows = 2 * matrix.shape[:-1].numel() * size
+    name = f"compiled kernels for {cpu.instruction_set()}, running normalizer, backward recomputes"
+    return name, scratch + rows, cpu.rows_of_a_tile()
+
+
 def product(matrix: Attention, value: Tensor) -> Tensor:
     """The matrix times value, differentiable once."""
     if _is_plain(matrix, value):
@@ -79,8 +64,8 @@ def product(matrix: Attention, value: Tensor) -> Tensor:
     few = folded.fold(matrix, value)
     if few is not None:
         return folded.unfold(product(few, value), matrix.shape[-3])
-    flat, extra, sizes = _side_by_side(value, tuple(matrix.shape[:-2]))
-    return _apart(_apply(matrix, flat)[0], extra, sizes)
+    flat, extra, sizes = folded.side_by_side(value, tuple(matrix.shape[:-2]))
+    return folded.apart(_apply(matrix, flat)[0], extra, sizes)
 
 
 def _is_plain(matrix: Attention, value: Tensor) -> bool:
@@ -110,8 +95,8 @@ def _is_plain(matrix: Attention, value: Tensor) -> bool:
 
 def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
     """The transpose of the matrix times x, differentiable once."""
-    flat, extra, sizes = _side_by_side(x, tuple(matrix.shape[:-2]))
-    return _apart(_apply(matrix, flat, transposed=True)[0], extra, sizes)
+    flat, extra, sizes = folded.side_by_side(x, tuple(matrix.shape[:-2]))
+    return folded.apart(_apply(matrix, flat, transposed=True)[0], extra, sizes)
 
 
 def rows(matrix: Attention) -> Row:
@@ -119,12 +104,26 @@ def rows(matrix: Attention) -> Row:
     return _apply(matrix, matrix.key.new_zeros(matrix.key.shape[-2], 0))[1]
 
 
+def wants_gradient(matrix: Attention, value: Tensor) -> bool:
+    """Whether a product will be differentiated."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (matrix.query, matrix.key, value, *matrix.rule.tensors())
+    return any(tensor.requires_grad for tensor in tensors)
+
+
 def look(matrix: Attention, what: cpu.Look, number: int = 1, offset: int = 0) -> tuple[Tensor, ...]:
     """Sums over the weights of rows or cells, see `Looking` in csrc/problem.h."""
     row = _known_rows(matrix)
-    kind, tensors = _tensors(matrix)
+    kind, tensors = operands.tensors(matrix)
     nothing = matrix.key.new_empty(matrix.key.shape[-2], 0)
-    arguments = (*tensors[:2], nothing, *tensors[2:], *_mask(matrix), *_numbers(matrix, kind))
+    arguments = (
+        *tensors[:2],
+        nothing,
+        *tensors[2:],
+        *operands.mask(matrix),
+        *operands.numbers(matrix, kind),
+    )
     return cpu.look(row.peak, row.total, *arguments, what, number, offset)
 
 
@@ -149,8 +148,14 @@ def _known_rows(matrix: Attention) -> Row:
 
 
 def _apply(matrix: Attention, x: Tensor, *, transposed: bool = False) -> tuple[Tensor, Row]:
-    kind, tensors = _tensors(matrix)
-    arguments = (*tensors[:2], x, *tensors[2:], *_mask(matrix), *_numbers(matrix, kind))
+    kind, tensors = operands.tensors(matrix)
+    arguments = (
+        *tensors[:2],
+        x,
+        *tensors[2:],
+        *operands.mask(matrix),
+        *operands.numbers(matrix, kind),
+    )
     learned = (*tensors, x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
         run: Any = _Product.apply  # torch leaves its type out
@@ -246,158 +251,3 @@ def _shaped(gradient: Tensor, tensor: Tensor, axes: int) -> Tensor:
         if 1 < own < heads:
             gradient = gradient.unflatten(-3, (own, heads // own)).sum(-3)
     return gradient.sum_to_size(tensor.shape).to(tensor.dtype)
-
-
-class _Tensors(NamedTuple):
-    """Tensors with gradients, as the kernels want them but for value, which comes third."""
-
-    query: Tensor
-    key: Tensor
-    weight: Tensor | None
-    toeplitz: Tensor | None
-    bias: Tensor | None
-    sink: Tensor | None
-
-
-def _tensors(matrix: Attention) -> tuple[int, _Tensors]:
-    """The kind of score, and what it compares."""
-    query, key = matrix.rule.operands(matrix.query, matrix.key)
-    score, wide = matrix.score, torch.promote_types(query.dtype, torch.float32)
-    kind, weight, constant = DOT, None, None
-    if isinstance(score, Additive):
-        kind, query, key, weight, constant = _additive(score, query, key, wide)
-    elif isinstance(score, Distance):
-        scale = torch.as_tensor(score.scale, dtype=wide)
-        kind, weight = DISTANCE, -scale[..., None].expand(*scale.shape, query.shape[-1])
-    elif isinstance(score, PositionOnly):
-        query, key = query[..., :0], key[..., :0]
-    elif isinstance(scale := score.scale, Tensor):  # type: ignore[attr-defined]
-        query = query.to(wide)
-        query = query * per_head(scale, query)
-    biases = [part for part in _terms(matrix.position) if _is_bias(part)]
-    explicit = next((part.bias for part in biases if isinstance(part, Bias)), None)
-    sink = matrix.normalizer.sink if isinstance(matrix.normalizer, Softmax) else None
-    return kind, _Tensors(
-        query,
-        key,
-        weight,
-        _by_offset(matrix, [part for part in biases if not isinstance(part, Bias)], constant, wide),
-        None if explicit is None else torch.atleast_2d(explicit),
-        None if sink is None else torch.as_tensor(sink, dtype=wide),
-    )
-
-
-def _additive(
-    score: Additive, query: Tensor, key: Tensor, wide: torch.dtype
-) -> tuple[int, Tensor, Tensor, Tensor, Tensor | None]:
-    """Kind, query, key, weight, and what is added to every score."""
-    weight, constant = score.weight, None
-    if score.activation not in ("tanh", "sigmoid"):
-        return LEAKY, query, key, weight, None
-    if score.activation == "sigmoid":  # sigmoid(x) = 1/2 + tanh(x / 2) / 2
-        query, key, weight = query.to(wide) / 2, key.to(wide) / 2, weight.to(wide) / 2
-        constant = weight.sum(-1)
-    apart = None if wide == torch.float64 else separable.tables(query, key, weight)
-    if apart is None:
-        return TANH, query, key, weight, constant
-    return RECIPROCAL, *apart, constant
-
-
-def _by_offset(
-    matrix: Attention, parts: list[Position], constant: Tensor | None, wide: torch.dtype
-) -> Tensor | None:
-    """The sum of Toeplitz biases as one vector, [*batch, heads, n + m - 1 + some room]."""
-    n, m = matrix.shape[-2:]
-    if (not parts and constant is None) or 0 in (n, m):
-        return None
-    i, j = torch.arange(n), torch.arange(m)
-    total = torch.zeros(n + m - 1, dtype=wide)
-    if constant is not None:
-        total = total + constant[..., None]
-    for part in parts:
-        # i - j runs from 1 - m to 0 along the first row backwards, then down the first column.
-        row = part.on_score(matrix.query, matrix.key, i[:1], j)
-        column = part.on_score(matrix.query, matrix.key, i, j[:1])
-        if row is not None and column is not None:
-            row, column = row.squeeze(-2).flip(-1), column.squeeze(-1)[..., 1:]
-            total = total + torch.cat([row, column], -1).to(wide)
-    return F.pad(total, (0, cpu.rows_of_a_tile()))
-
-
-def _mask(matrix: Attention) -> tuple[Tensor | None, ...]:
-    runs: Runs | None = matrix.runs
-    lanes = None if matrix.dropout is None else matrix.lanes.contiguous()
-    if runs is None:
-        return None, None, None, lanes
-    return runs.offsets, runs.start.int(), runs.stop.int(), lanes
-
-
-def _numbers(matrix: Attention, kind: int) -> cpu.Numbers:
-    score, normalizer, dropout = matrix.score, matrix.normalizer, matrix.dropout
-    scale, softcap, slope = 1.0, 0.0, 0.0
-    if isinstance(score, Additive):
-        slope = score.slope if score.activation == "leaky_relu" else 0.0
-    elif isinstance(score, (Dot, Bilinear, Cosine)) and not isinstance(score.scale, Tensor):
-        given = score.scale
-        scale = max(matrix.query.shape[-1], 1) ** -0.5 if given is None else float(given)
-    if isinstance(score, Dot) and score.softcap is not None:
-        softcap = float(score.softcap)
-    runs = matrix.runs
-    return cpu.Numbers(
-        batch=tuple(matrix.shape[:-2]),
-        mask_batch=() if runs is None else runs.batch,
-        score=kind,
-        norm=NORMALIZERS[type(normalizer)],
-        mean=isinstance(normalizer, Relu) and normalizer.mean,
-        seed=0 if dropout is None else dropout.seed,
-        threshold=0 if dropout is None else dropout.threshold,
-        scale=scale,
-        softcap=softcap,
-        slope=slope,
-        norm_bias=float(normalizer.bias) if isinstance(normalizer, Sigmoid) else 0.0,
-        factor=1.0 if dropout is None else 1 / (1 - dropout.probability),
-    )
-
-
-def _side_by_side(value: Tensor, batch: tuple[int, ...]) -> tuple[Tensor, list[int], list[int]]:
-    """A value with axes that the matrix has not, as one wider value: A [v w] = [A v, A w].
-
-    Returns it, the places of those axes, and the sizes that its width is made of.
-    """
-    if value.shape[:-2] == batch:
-        return value, [], []
-    axes = max(value.dim() - 2, len(batch))
-    value = value[(None,) * (axes + 2 - value.dim())]
-    own = (1,) * (axes - len(batch)) + batch
-    extra = [a for a in range(axes) if value.shape[a] > 1 and own[a] == 1]
-    kept = [a for a in range(axes) if a not in extra]
-    sizes = [value.shape[a] for a in (*extra, -1)]
-    if extra:
-        value = value.permute(*kept, axes, *extra, axes + 1).flatten(-len(extra) - 1)
-        for a in extra:
-            value = value.unsqueeze(a)
-    value = value[(0,) * (axes - len(batch))]
-    return value, [a - axes for a in extra], sizes
-
-
-def _apart(output: Tensor, extra: list[int], sizes: list[int]) -> Tensor:
-    """Undo `_side_by_side` for the product."""
-    if not extra:
-        return output
-    output = output.unflatten(-1, sizes)  # [*batch, n, *extra, e]
-    axes = max(output.dim() - len(sizes) - 1, -min(extra))
-    output = output[(None,) * (axes + len(sizes) + 1 - output.dim())]
-    places = [axes + a for a in extra]
-    kept = [a for a in range(axes) if a not in places]
-    order = [len(kept) + 1 + places.index(a) if a in places else kept.index(a) for a in range(axes)]
-    return output.squeeze(places).permute(*order, len(kept), -1)
-
-
-def _terms(position: Position | None) -> tuple[Position, ...]:
-    if position is None:
-        return ()
-    return position.parts if isinstance(position, Positions) else (position,)
-
-
-def _is_bias(part: Position) -> bool:
-    return type(part).on_score is not Position.on_score

@@ -11,6 +11,7 @@ after      Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXi
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 def needs(matrix: Attention) -> str | None:
     """Nothing: every score, position, mask and normalizer has tiles."""
     return None
+
+
+def kernel(matrix: Attention) -> tuple[str, int, int]:
+    """What `explain` says: the code that runs, bytes beyond inputs and outputs, side of a tile."""
+    tiles = Tiles.of(matrix)
+    size = compute_dtype(matrix.dtype).itemsize
+    lanes, sides = matrix.shape[:-2].numel(), [min(tiles.side, x) for x in matrix.shape[-2:]]
+    numbers = matrix.score.numbers_per_pair(matrix.query.shape[-1]) + 2
+    rows = lanes * matrix.shape[-2] * size
+    name = "generic tiles in PyTorch, running normalizer, backward recomputes"
+    return name, lanes * math.prod(sides) * numbers * size + rows, tiles.side
 
 
 def product(matrix: Attention, value: Tensor) -> Tensor:

@@ -342,6 +342,25 @@ def rows_of_a_tile() -> int:
     return rows
 
 
+def instruction_set() -> str:
+    """What the kernels were built for that run here: avx512, avx2 or base."""
+    name: str = _extension().isa()
+    return name
+
+
+def peak_flops(seconds: float = 0.2) -> float:
+    """Float32 multiply-adds on registers alone, measured: the most there is, in flop/s."""
+    found: float = _extension().peak_flops(torch.get_num_threads(), seconds)
+    return found
+
+
+def scratch_bytes(width: int, value_width: int, size: int) -> int:
+    """Bytes that the threads of a forward product work in, for the widths of query and value."""
+    rows, keys = rows_of_a_tile(), _extension().KEYS
+    numbers = rows * (2 * width + 2 * value_width + keys) + keys * (width + value_width)
+    return int(torch.get_num_threads() * numbers * size)
+
+
 def _heads(tensor: Tensor) -> int:
     return tensor.shape[-3] if tensor.dim() > 2 else 1
 
