@@ -15,8 +15,9 @@
 
 namespace regard::REGARD_ISA {
 
-// Sums of so few terms are added up: one long chain would round as often as it has terms.
-constexpr int FEW = 16;
+// A sum over keys is this many sums that are added up: one chain would round as often as it has
+// terms, and wait for each.
+constexpr int FEW = 4;
 
 // The state of a normalizer for the rows of a tile.
 template <class T>
@@ -43,17 +44,18 @@ struct State {
         T* at = tile + g * PANEL<T> + q * W<T>;
         for (int j = v.begin[g]; j < v.end[g]; ++j) now = max(load(at + j * GROUP<T>), now);
         const Vec<T> base = now == -INF<T> ? Vec<T>{} : now;
-        Vec<T> sum{};
-        for (int from = v.begin[g]; from < v.end[g]; from += FEW) {
-          const int to = from + FEW < v.end[g] ? from + FEW : v.end[g];
-          Vec<T> of_few{};
-          for (int j = from; j < to; ++j) {
-            const Vec<T> weight = exp<T>(load(at + j * GROUP<T>) - base);
-            store(at + j * GROUP<T>, weight);
-            of_few += weight;
-          }
-          sum += of_few;
-        }
+        Vec<T> sums[FEW] = {};
+        const auto one = [&](int j, Vec<T>& sum) __attribute__((always_inline)) {
+          const Vec<T> weight = exp<T>(load(at + j * GROUP<T>) - base);
+          store(at + j * GROUP<T>, weight);
+          sum += weight;
+        };
+        int j = v.begin[g];
+        for (; j + FEW <= v.end[g]; j += FEW)
+#pragma GCC unroll 4
+          for (int u = 0; u < FEW; ++u) one(j + u, sums[u]);
+        for (; j < v.end[g]; ++j) one(j, sums[0]);
+        const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         const Vec<T> shrink = exp<T>(before - base);
         store(decay + lane, shrink);
         store(total + lane, load(total + lane) * shrink + sum);

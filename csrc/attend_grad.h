@@ -22,6 +22,9 @@
 
 namespace regard::REGARD_ISA {
 
+// Sums over so many keys are added up: one long chain would round as often as it has terms.
+constexpr int SOME = 16;
+
 // dscore/dquery, /dkey and /dweight of scores that compare vectors channel by channel.
 struct DistanceGradient {
   template <class T>
@@ -170,19 +173,19 @@ class Backward {
           const int lanes = g * GROUP<T> + q * W<T>, at = g * PANEL<T> + q * W<T>;
           if (!centered[g]) store(center + lanes, load(dw + at + v.begin[g] * GROUP<T>));
           const Vec<T> middle = load(center + lanes);
-          Vec<T> sum{}, ones{};
-          for (int from = v.begin[g]; from < v.end[g]; from += FEW) {
-            const int to = from + FEW < v.end[g] ? from + FEW : v.end[g];
-            Vec<T> sum_of_few{}, ones_of_few{};
+          Vec<T> sum{}, one{};
+          for (int from = v.begin[g]; from < v.end[g]; from += SOME) {
+            const int to = from + SOME < v.end[g] ? from + SOME : v.end[g];
+            Vec<T> some{}, ones{};
             for (int j = from; j < to; ++j) {
               const Vec<T> weight = load(w + at + j * GROUP<T>);
-              sum_of_few += weight * (load(dw + at + j * GROUP<T>) - middle);
-              ones_of_few += weight;
+              some += weight * (load(dw + at + j * GROUP<T>) - middle);
+              ones += weight;
             }
-            sum += sum_of_few, ones += ones_of_few;
+            sum += some, one += ones;
           }
           store(delta + lanes, load(delta + lanes) + sum);
-          store(whole + lanes, load(whole + lanes) + ones);
+          store(whole + lanes, load(whole + lanes) + one);
         }
         centered[g] = true;
       }
@@ -345,8 +348,8 @@ class Backward {
         Vec<T> q[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) q[r] = load(query.rows + panel + (i + r) * GROUP<T>);
-        for (int from = v.begin[g]; from < v.end[g]; from += FEW) {
-          const int to = from + FEW < v.end[g] ? from + FEW : v.end[g];
+        for (int from = v.begin[g]; from < v.end[g]; from += SOME) {
+          const int to = from + SOME < v.end[g] ? from + SOME : v.end[g];
           Vec<T> dq[R] = {}, dw_of_few{};
           for (int j = from; j < to; ++j) {
             T* home = dkey ? dkey + (v.first + j) * round_up(p.d, GRADIENT_STEP) + c : unused;
