@@ -11,7 +11,7 @@
 // need no shuffles, and keys and values are read as they lie.
 #pragma once
 
-#include "parts.h"
+#include "few.h"
 
 namespace regard::REGARD_ISA {
 
@@ -127,6 +127,17 @@ struct AttendScratch {
                 load(sums + c * GROUP<T> + q) * load(factor + g * GROUP<T> + q));
     }
   }
+
+  // The same where the sums are rows: of few queries.
+  void scale_rows(const T* factor) {
+    for (int64_t c = 0; c < output.padded; c += GROUP<T>)
+      for (int r = 0; r < MOST_FEW; ++r)
+#pragma GCC unroll 2
+        for (int q = 0; q < GROUP<T>; q += W<T>) {
+          T* at = output.row_panel(c) + r * GROUP<T> + q;
+          store(at, load(at) * factor[r]);
+        }
+  }
 };
 
 // 0 times NaN is NaN: values of a partly hidden block that are not finite are set to 0, and the rows
@@ -155,8 +166,8 @@ static Matrix<T> shield(const Problem& p, const Visible<T>& v, Matrix<T> values,
 
 // Puts the sums of a tile where they belong.
 template <class T>
-static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, uint64_t poisoned, T* peak,
-                   T* total) {
+static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, uint64_t poisoned, bool few,
+                   T* peak, T* total) {
   T factor[ROWS];
   for (int i = 0; i < ROWS; ++i) {
     factor[i] = 1;
@@ -180,8 +191,12 @@ static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, uint6
   if (!p.e) return;
   for (int i = 0; i < ROWS; ++i)
     if (poisoned >> i & 1) factor[i] = T(__builtin_nan(""));
-  s.scale_sums(factor);
-  s.output.columns_to_rows();
+  if (few) {
+    s.scale_rows(factor);
+  } else {
+    s.scale_sums(factor);
+    s.output.columns_to_rows();
+  }
   s.output.write_rows(p, p.output, s.logits.lane, s.logits.row, s.logits.count);
 }
 
@@ -197,21 +212,42 @@ static void attend(const Problem& p, int64_t item, void* memory) {
   uint64_t poisoned = 0;
   for (int64_t c = 0; c < s.output.padded * ROWS; ++c) s.output.columns[c] = 0;
   Walk<T> walk(p, lane, row, s.logits.count);
+  const bool few = is_few<T>(p, s.logits.count);
+  for (int64_t c = 0; few && c < s.output.padded * ROWS; ++c) s.output.rows[c] = 0;
   for (Visible<T> v; walk.next(v);) {
-    s.logits.tile(p, v, s.logits.keys(p, v, Read::rows), s.tile);
-    if (state.absorb(p, v, s.tile)) s.scale_sums(state.decay);
+    const Matrix<T> keys = s.logits.keys(p, v, Read::rows);
+    Matrix<T> values{};
+    if (p.e)
+      values = block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space,
+                        few ? Read::rows : Read::columns);
+    if (few) {
+      with_rows<T>(s.logits.count, [&](auto rows) {
+        few_scores<rows.value>(s.logits.query, keys, v.count, s.tile, values);
+      });
+      s.logits.shape(p, v, s.tile);
+    } else {
+      s.logits.tile(p, v, keys, s.tile);
+    }
+    const bool moved = state.absorb(p, v, s.tile);
+    if (moved && few) s.scale_rows(state.decay);
+    if (moved && !few) s.scale_sums(state.decay);
     if (p.dropout.lanes) s.logits.drop(p, v, s.tile);
     if (!p.e) continue;
-    Matrix<T> values =
-        block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space, Read::columns);
     if (p.mask.present && !v.full) values = shield(p, v, values, s.values_space, poisoned);
+    if (few) {
+      with_rows<T>(s.logits.count, [&](auto rows) {
+        few_outputs<rows.value>(s.output, Matrix<T>{values.at + v.begin[0] * values.row, values.row, 1},
+                                v.end[0] - v.begin[0], s.tile + v.begin[0] * GROUP<T>);
+      });
+      continue;
+    }
     for (int g = 0; g < v.GROUPS; ++g)
       of_panel(v, Multiply{}, p.e, s.output.column_panel(g),
                Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
                s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>, v.end[g] - v.begin[g], true);
   }
   const int64_t at = lane * p.n + row;
-  finish(p, s, state, poisoned, p.peak ? static_cast<T*>(p.peak) + at : nullptr,
+  finish(p, s, state, poisoned, few, p.peak ? static_cast<T*>(p.peak) + at : nullptr,
          p.total ? static_cast<T*>(p.total) + at : nullptr);
 }
 

@@ -148,6 +148,11 @@ class Logits {
   void tile(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* logits,
             T* slopes = nullptr) const {
     scores(p, v, keys, logits);
+    shape(p, v, logits, slopes);
+  }
+
+  // What follows the scores.
+  void shape(const Problem& p, const Visible<T>& v, T* logits, T* slopes = nullptr) const {
     if (p.softcap) {
       const T cap = T(p.softcap), inverse = T(1 / p.softcap);
       over(v, [&](int, int at, int) {
