@@ -89,7 +89,7 @@ def attention(
     if mask is not None:
         errors.check_device(mask, mask.tensors(), query.device)
         errors.check_fits(mask, mask.axes(), batch)
-    matrix = Attention(query, key, Rule(score, position, normalizer), mask, dropout)
+    matrix = Attention(query, key, Rule.of(score, position, normalizer), mask, dropout)
     matrix.__dict__["shape"] = torch.Size((*batch, query.shape[-2], key.shape[-2]))
     return matrix
 
@@ -180,6 +180,8 @@ class Attention:
         """
         from regard import form as forms
 
+        if form is None and forms.is_plain(self, value):
+            return forms.product_plain(self, value)
         errors.check_tensor("value", value)
         errors.check_pair("value", value, "query", self.query)
         errors.check_factor("value", self.shape, value, errors.heads_of(self.key))

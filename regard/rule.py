@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from regard.normalizer import Normalizer
+from regard.normalizer import Normalizer, Softmax
 from regard.part import Part
 from regard.position import Position
-from regard.score import Score
+from regard.score import Dot, Score
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -20,6 +21,27 @@ class Rule(Part):
     score: Score
     position: Position | None
     normalizer: Normalizer
+
+    @staticmethod
+    def of(score: Score, position: Position | None, normalizer: Normalizer) -> Rule:
+        """The rule of some parts; one for all matrices of parts that hold no tensors."""
+        parts = (score, position, normalizer)
+        if any(part is not None and part.tensors() for part in parts):
+            return Rule(*parts)  # a rule that is kept would keep them alive
+        return _shared(*parts)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether this is softmax(scale query . key) with a scale that is a number."""
+        score, normalizer = self.score, self.normalizer
+        return (
+            self.position is None
+            and type(score) is Dot
+            and score.softcap is None
+            and not isinstance(score.scale, Tensor)
+            and type(normalizer) is Softmax
+            and normalizer.sink is None
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """A rule is made anew for every matrix; its parts know theirs."""
@@ -44,3 +66,8 @@ class Rule(Part):
             if bias is not None:
                 logits = logits + bias.to(logits.dtype)
         return logits if keep is None else torch.where(keep, logits, -torch.inf)
+
+
+@lru_cache(maxsize=64)
+def _shared(score: Score, position: Position | None, normalizer: Normalizer) -> Rule:
+    return Rule(score, position, normalizer)

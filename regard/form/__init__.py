@@ -22,6 +22,8 @@ from regard.form import dense, fused, tiled
 if TYPE_CHECKING:
     from regard.matrix import Attention
 
+is_plain, product_plain = fused.is_plain, fused.product_plain
+
 FORMS: dict[str, ModuleType] = {"fused": fused, "tiled": tiled, "dense": dense}
 """All forms, the cheapest first."""
 

@@ -19,7 +19,6 @@ from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiles import compute_dtype
 from regard.kernel import cpu, extension
 from regard.normalizer import Row, Softmax
-from regard.score import Dot
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -56,11 +55,6 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
 
 def product(matrix: Attention, value: Tensor) -> Tensor:
     """The matrix times value, differentiable once."""
-    if _is_plain(matrix, value):
-        query, score = matrix.query, matrix.rule.score
-        scale = score.scale  # type: ignore[attr-defined]
-        scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-        return cpu.attend_plain(query, matrix.key, value, scale)
     few = folded.fold(matrix, value)
     if few is not None:
         return folded.unfold(product(few, value), matrix.shape[-3])
@@ -68,29 +62,32 @@ def product(matrix: Attention, value: Tensor) -> Tensor:
     return folded.apart(_apply(matrix, flat)[0], extra, sizes)
 
 
-def _is_plain(matrix: Attention, value: Tensor) -> bool:
-    """Whether this is softmax(scale query key^T) value and nothing else: then one call does it."""
-    rule, query, key = matrix.rule, matrix.query, matrix.key
-    score, normalizer, batch = rule.score, rule.normalizer, query.shape[:-2]
-    if not (
-        matrix.mask is None
-        and matrix.dropout is None
-        and rule.position is None
-        and type(score) is Dot
-        and score.softcap is None
-        and not isinstance(score.scale, Tensor)
-        and type(normalizer) is Softmax
-        and normalizer.sink is None
-    ):
+def is_plain(matrix: Attention, value: object) -> bool:
+    """Whether this is softmax(scale query key^T) value and nothing else, without a gradient.
+
+    Then one call does it, and no check can fail: of small matrices the checks cost more than the
+    product.
+    """
+    if not matrix.rule.plain or matrix.mask is not None or matrix.dropout is not None:
         return False
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
-        return False
+    query, key = matrix.query, matrix.key
     return (
-        batch == value.shape[:-2] == key.shape[:-2]
+        type(value) is Tensor
+        and value.shape[:-1] == key.shape[:-1]
+        and key.shape[:-2] == query.shape[:-2]
+        and value.dtype == query.dtype
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and not wants_gradient(matrix, value)
+        and value.device == query.device
+        and _needs_tensors(matrix) is None
     )
+
+
+def product_plain(matrix: Attention, value: Tensor) -> Tensor:
+    """The product where `is_plain`."""
+    query, scale = matrix.query, matrix.rule.score.scale  # type: ignore[attr-defined]
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    return cpu.attend_plain(query, matrix.key, value, scale)
 
 
 def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
