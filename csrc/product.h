@@ -57,6 +57,10 @@ INLINE void register_tile(const Step& step, T* c, int64_t ldc, Matrix<T> a, cons
           sums[r][q] = step.template call<T>(sums[r][q], left, right[q], k);
       }
       from += a.column, b += GROUP<T>, ++k;
+#if defined(__AVX512F__)
+      // Or GCC makes the addresses of all 8 turns first, which no longer fit the integer registers.
+      asm("" : "+r"(from));
+#endif
     };
     const int64_t some = count < a.panel ? count : a.panel;
     // Eight products a turn: so few turns that the processor foresees the last one.

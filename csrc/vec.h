@@ -71,7 +71,9 @@ INLINE Vec<T> splat(T x) {
 }
 // a > b ? a : b, so b where one is NaN. GCC 12 makes a comparison and a blend of that expression.
 INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__clang__)
+  return __builtin_ia32_maxps512_mask(a, b, b, -1, 4);
+#elif defined(__AVX512F__)
   return a > b ? a : b;
 #elif defined(__AVX2__)
   return __builtin_ia32_maxps256(a, b);
@@ -83,7 +85,9 @@ INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 }
 INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__clang__)
+  return __builtin_ia32_minps512_mask(a, b, b, -1, 4);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
   return __builtin_ia32_minps256(a, b);
 #else
   return a < b ? a : b;
@@ -173,8 +177,13 @@ INLINE Vec<T> exp(Vec<T> x) {
   typedef Constants<T> C;
   const Vec<T> shifted = x * T(1.4426950408889634074) + C::round;
   const Vec<T> n = shifted - C::round;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   Vec<T> r = x - n * T(0.693147180559945309417);
   if (sizeof(T) == 8) r = r - n * T(2.319046813846299558e-17);  // what log 2 lost as a double
+#else  // a first part of few bits, whose product with n is exact
+  Vec<T> r = x - n * T(0.693145751953125);
+  r = r - n * T(1.42860682030941723212e-6);
+#endif
   Vec<T> p;
   if constexpr (sizeof(T) == 4) {
     // Pairs first (Estrin): the chain of products is half as long, which is what limits it.

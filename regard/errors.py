@@ -112,6 +112,19 @@ def check_tensor(name: str, tensor: object, *, shape: str = OPERAND, dims: int =
         raise ShapeError(f"{name} has shape {show(tensor.shape)}; it must be {shape}.")
 
 
+def are_alike(query: object, key: object) -> bool:
+    """Whether two operands agree in all that they may differ in, so that no check can fail."""
+    return (
+        type(query) is Tensor
+        and type(key) is Tensor
+        and query.dim() >= 2
+        and query.shape[:-2] == key.shape[:-2]
+        and query.is_floating_point()
+        and query.dtype == key.dtype
+        and query.device == key.device
+    )
+
+
 def check_bool(what: str, keep: object) -> None:
     """Raise unless a mask is a bool tensor."""
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:

@@ -62,10 +62,14 @@ def attention(
     >>> (A @ value).shape, A[0, 3, 4].shape
     (torch.Size([2, 8, 5, 16]), torch.Size([5]))
     """
-    errors.check_tensor("query", query)
-    errors.check_tensor("key", key)
-    errors.check_pair("key", key, "query", query)
-    batch = errors.broadcast_batch(query, key)
+    batch: tuple[int, ...]
+    if errors.are_alike(query, key):  # nothing to say about them, and no time lost over it
+        batch = query.shape[:-2]
+    else:
+        errors.check_tensor("query", query)
+        errors.check_tensor("key", key)
+        errors.check_pair("key", key, "query", query)
+        batch = errors.broadcast_batch(query, key)
     if not isinstance(score, Score):
         function: Any = errors.check_kind("score", score, Callable)  # type: ignore[arg-type]
         score = Custom(function).probe(query, key)

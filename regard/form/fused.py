@@ -77,9 +77,13 @@ def is_plain(matrix: Attention, value: object) -> bool:
         and key.shape[:-2] == query.shape[:-2]
         and value.dtype == query.dtype
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and query.is_cpu
+        and value.is_cpu
+        and query.dtype in cpu.KINDS
         and not wants_gradient(matrix, value)
-        and value.device == query.device
-        and _needs_tensors(matrix) is None
+        and query.dim() - 2 <= BATCH_AXES
+        and not torch._C._are_functorch_transforms_active()
+        and extension.load() is not None
     )
 
 
