@@ -233,9 +233,9 @@ NB_MODULE(_cpu, module) {
              p.dropout = {reinterpret_cast<const int64_t*>(lanes), seed, threshold, factor};
            })
       .def("score",
-           [](Problem& p, int score, double scale, double softcap, double slope, double constant) {
+           [](Problem& p, int score, double scale, double softcap, double slope) {
              p.score = static_cast<Score>(score);
-             p.scale = scale, p.softcap = softcap, p.slope = slope, p.constant = constant;
+             p.scale = scale, p.softcap = softcap, p.slope = slope;
            })
       .def("norm",
            [](Problem& p, int norm, double bias, bool mean) {

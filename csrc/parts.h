@@ -103,9 +103,9 @@ class Logits {
  public:
   Logits(Arena& arena, const Problem& p)
       : query(arena, p.d),
+        weight(arena.take<T>(p.weight.data ? query.padded + 2 : 0)),
         keys_space(arena.take<T>(KEYS * packed_row<T>(p.d))),
         bias_space(arena.take<T>(p.bias.data ? 2 * KEYS * ROWS : 0)),
-        weight(arena.take<T>(p.weight.data ? query.padded + 2 : 0)),
         bent(arena.take<T>(p.score == Score::leaky ? query.padded : 0)) {}
 
   // Packs the queries [first, first + count) of a lane.
@@ -192,14 +192,11 @@ class Logits {
   }
 
   Tile<T> query;  // scaled, for dot products
+  T* weight;      // of additive scores and distances
   int64_t lane = 0, row = 0, count = 0;
 
  private:
   T *keys_space, *bias_space;
- public:
-  T* weight;
-
- private:
   T* bent;         // weights of the part of leaky that is not linear
   T linear[ROWS];  // slope w . query
   const T* by_offset = nullptr;

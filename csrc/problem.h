@@ -61,7 +61,7 @@ struct Problem {
   int axes = 0;
   int64_t size[AXES] = {};
   int64_t lanes = 0, n = 0, m = 0, d = 0, e = 0;
-  double scale = 1, softcap = 0, slope = 0, constant = 0, norm_bias = 0;
+  double scale = 1, softcap = 0, slope = 0, norm_bias = 0;
   bool mean = false;  // relu: divide by the number of visible keys
 
   Operand query, key, value;

@@ -192,8 +192,9 @@ INLINE Vec<T> exp(Vec<T> x) {
   } else {
     p = (polynomial<T>(C::exp, r) * r + 1) * r + 1;
   }
-  const Vec<T> y = as_number<T>(as_bits<T>(p) + (as_bits<T>(shifted) << C::fraction));
-  return as_number<T>(as_bits<T>(y) & ~(x < C::low));
+  // Without a sign, so that the sum may wrap.
+  const Words<T> bits = (Words<T>)as_bits<T>(p) + ((Words<T>)as_bits<T>(shifted) << C::fraction);
+  return as_number<T>((Bits<T>)bits & ~(x < C::low));
 }
 
 template <class T>

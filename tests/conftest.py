@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import regard.form.tiles
+from regard.kernel import extension
 
 # The fixtures below hold for a whole test and do not depend on what hypothesis draws.
 settings.register_profile(
@@ -19,10 +20,16 @@ settings.load_profile("regard")
 torch.set_num_threads(1)
 
 
+def pytest_report_header() -> list[str]:
+    """Say so where the compiled kernels are not tested."""
+    return [] if extension.load() else [f"form 'fused' is not tested: {extension.missing()}"]
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill torch.empty with NaN, so that an entry which is read but never written is found."""
     plain_empty, plain_new_empty = torch.empty, torch.Tensor.new_empty
+    plain_empty_like = torch.empty_like
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         return (
@@ -30,6 +37,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_new_empty(*a, **k)))
 
 

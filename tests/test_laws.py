@@ -14,8 +14,10 @@ from laws import FORMS, MASKS, NORMALIZERS, POSITIONS, SCORES, Case, Sizes, cond
 
 import regard.form.tiles
 from regard import FormError
+from regard.kernel import extension
 
-FASTER = [form for form in FORMS if form != "dense"]
+COMPILED = extension.load() is not None  # if not, the header of the run says so
+FASTER = [form for form in FORMS if form != "dense" and (COMPILED or form != "fused")]
 EPS = torch.finfo(torch.float64).eps
 
 

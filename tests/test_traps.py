@@ -24,7 +24,7 @@ from regard import (
 )
 from regard.form.tiles import Tiles
 from regard.nn import Learnable, MultiHeadAttention
-from regard.position import Alibi
+from regard.position import Alibi, Bias
 
 DOUBLE = torch.float64
 
@@ -214,3 +214,14 @@ def test_position_only_reads_no_vectors():
     x = torch.full((4, 2), torch.nan)
     A = attention(x, x, score=PositionOnly())
     assert torch.equal(A @ torch.ones(4, 1), torch.ones(4, 1))
+
+
+def test_a_negative_view_is_read_as_the_numbers_it_stands_for():
+    """torch keeps some views as their opposite and a bit; their memory holds other numbers."""
+    query, key, value = (torch._neg_view(x) for x in torch.randn(3, 2, 5, 8).unbind(0))
+    for matrix in (
+        attention(query, key),
+        attention(query, key, position=Bias(torch._neg_view(torch.randn(5, 5)))),
+        attention(query, key, normalizer=Softmax(sink=torch._neg_view(torch.randn(2)))),
+    ):
+        assert torch.allclose(matrix @ value, matrix.matmul(value, form="dense"), atol=1e-6)

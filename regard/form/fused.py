@@ -80,6 +80,7 @@ def is_plain(matrix: Attention, value: object) -> bool:
         and query.is_cpu
         and value.is_cpu
         and query.dtype in cpu.KINDS
+        and not (query.is_neg() or key.is_neg() or value.is_neg())
         and not wants_gradient(matrix, value)
         and query.dim() - 2 <= BATCH_AXES
         and not torch._C._are_functorch_transforms_active()

@@ -158,7 +158,7 @@ def attend_grad(
     """All of `Gradients`; `wanted`, the last argument, has one entry for each but delta."""
     inputs, numbers = _in_lines(Inputs(*arguments[:11])), Numbers(*arguments[11:-1])
     left = _in_line(left)
-    dtotal = None if dtotal is None else dtotal.contiguous()
+    dtotal = None if dtotal is None else dtotal.resolve_neg().contiguous()
     split = _split(inputs, numbers, arguments[-1])
     homes = _homes(inputs, numbers, arguments[-1], split, left)
     # Of values alone, nothing but weights is needed: the kernel takes no value as the sign.
@@ -318,7 +318,7 @@ def _problem(inputs: Inputs, numbers: Numbers, width: int, *, with_value: bool =
     if inputs.lanes is not None:
         pointer = inputs.lanes.data_ptr()
         problem.dropout(pointer, numbers.seed, numbers.threshold, numbers.factor)
-    problem.score(numbers.score, numbers.scale, numbers.softcap, numbers.slope, 0.0)
+    problem.score(numbers.score, numbers.scale, numbers.softcap, numbers.slope)
     problem.norm(numbers.norm, numbers.norm_bias, numbers.mean)
     return problem
 
@@ -328,15 +328,17 @@ def _operand(tensor: Tensor, trailing: int) -> tuple[Any, ...]:
 
 
 def _in_lines(inputs: Inputs) -> Inputs:
-    """The kernels read vectors along the last axis, one number after the other."""
+    """The kernels read vectors along the last axis, one number after the other, as they lie."""
     query, key, value, weight, toeplitz = map(_in_line, inputs[:5])
-    return Inputs(query, key, value, weight, toeplitz, *inputs[5:])
+    bias, sink = (None if x is None else x.resolve_neg() for x in inputs[5:7])
+    return Inputs(query, key, value, weight, toeplitz, bias, sink, *inputs[7:])
 
 
 def _in_line(tensor: Tensor | None) -> Any:
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
+    if tensor is None:
+        return None
+    tensor = tensor.resolve_neg()  # an address does not say that a view is negative
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def rows_of_a_tile() -> int:

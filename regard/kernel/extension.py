@@ -32,7 +32,7 @@ def missing() -> str:
     """What to say where the extension is not there."""
     return (
         "regard's compiled kernels are not installed, so attention runs in plain PyTorch, several "
-        "times slower; a C++20 compiler and `pip install --no-binary regard regard` build them."
+        "times slower; installing regard again where there is a C++20 compiler builds them."
     )
 
 

@@ -1,0 +1,153 @@
+"""How regard is called, and the best of what else there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import regard
+from bench.contestant import Call, MissingPeerError, Prepared, fastest
+from bench.problem import CELL, TOP, Problem, Tensors, looked_in_rows
+
+
+def product(problem: Problem, tensors: Tensors) -> Prepared:
+    """Regard: parts are made anew in every call, as in a model's forward pass."""
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    return Prepared(lambda: regard.attention(query, key, **problem.parts(tensors)) @ value)
+
+
+def looks(problem: Problem, tensors: Tensors) -> Prepared:
+    """Regard: four ways of looking at one matrix."""
+
+    def call() -> tuple[Tensor, ...]:
+        matrix = problem.matrix(tensors)
+        return matrix.topk(TOP).values, matrix.entropy(), matrix.received(), matrix.pool(CELL)
+
+    return Prepared(call)
+
+
+def sdpa(problem: Problem, tensors: Tensors, **options: Any) -> Prepared:
+    """Torch's fused kernel."""
+    operands = tensors["query"], tensors["key"], tensors["value"]
+    return Prepared(partial(F.scaled_dot_product_attention, *operands, **options))
+
+
+def sdpa_folded(problem: Problem, tensors: Tensors) -> Prepared:
+    """Torch's fused kernel, with the query heads of a group as rows of their key head."""
+    shape = problem.shape
+    folded = (shape.batch, shape.heads // shape.group, shape.group * shape.n, -1)
+    unfolded = (shape.batch, shape.heads, shape.n, -1)
+
+    def call() -> Tensor:
+        query = tensors["query"].reshape(folded)
+        output = F.scaled_dot_product_attention(query, tensors["key"], tensors["value"])
+        return output.reshape(unfolded)
+
+    return Prepared(call)
+
+
+def sdpa_window(problem: Problem, tensors: Tensors, left: int) -> Prepared:
+    """Torch's fused kernel with a mask tensor, which is made beforehand."""
+    at = torch.arange(problem.shape.n)
+    mask = (at <= at[:, None]) & (at >= at[:, None] - left)
+    return sdpa(problem, tensors, attn_mask=mask)
+
+
+def flex_window(problem: Problem, tensors: Tensors, left: int) -> Prepared:
+    """FlexAttention, compiled, with its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (j >= i - left)
+
+    n = problem.shape.n
+    mask = create_block_mask(visible, None, None, n, n, device="cpu")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    operands = tensors["query"], tensors["key"], tensors["value"]
+    return Prepared(partial(compiled, *operands, block_mask=mask))
+
+
+def additive(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, activation: str) -> Tensor:
+    """Additive attention as everybody writes it; in place, where the gradient allows it."""
+    total = query[..., :, None, :] + key[..., None, :, :]  # [*, h, r, m, d]
+    active = total.tanh_() if activation == "tanh" else F.leaky_relu_(total, 0.2)
+    logits = (active @ weight[:, None, :, None]).squeeze(-1)
+    return torch.softmax(logits, -1) @ value
+
+
+def additive_to_compile(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, activation: str
+) -> Tensor:
+    """The same as a sum, which a compiler fuses with the activation: no [n, m, d] is stored."""
+    total = query[..., :, None, :] + key[..., None, :, :]
+    active = torch.tanh(total) if activation == "tanh" else F.leaky_relu(total, 0.2)
+    logits = (active * weight[:, None, None, :]).sum(-1)
+    return torch.softmax(logits, -1) @ value
+
+
+def eager_additive(problem: Problem, tensors: Tensors, activation: str) -> Prepared:
+    """Eager torch, some rows at a time."""
+    run = partial(additive, activation=activation)
+    return _best_chunk(problem, tensors, run, (4, 8, 16))
+
+
+def compiled_additive(problem: Problem, tensors: Tensors, activation: str) -> Prepared:
+    """torch.compile of the naive form, some rows at a time or all at once."""
+    run = torch.compile(partial(additive_to_compile, activation=activation), dynamic=False)
+    return _best_chunk(problem, tensors, run, (16, 128, problem.shape.n))
+
+
+def keops_additive(problem: Problem, tensors: Tensors, activation: str) -> Prepared:
+    """KeOps' LazyTensor, which has no tanh: 1 - 2 / (exp(2 x) + 1)."""
+    for quiet in ("PYKEOPS_VERBOSE", "KEOPS_VERBOSE"):  # it prints to where the table goes
+        os.environ.setdefault(quiet, "0")
+    try:
+        from pykeops.torch import LazyTensor
+    except ImportError:
+        raise MissingPeerError("not installed: pip install pykeops") from None
+    lanes = problem.shape.heads
+    query, key, value = (tensors[name].detach()[0] for name in ("query", "key", "value"))
+    weight = LazyTensor(tensors["weight"].detach().view(lanes, 1, 1, -1).contiguous())
+
+    def call() -> Tensor:
+        total = LazyTensor(query[:, :, None, :]) + LazyTensor(key[:, None, :, :])
+        if activation == "tanh":
+            active = 1 - 2 / ((2 * total).exp() + 1)
+        else:
+            active = 0.2 * total + 0.8 * total.relu()
+        logits = (weight * active).sum(-1)
+        options = {"axis": 2, "backend": "CPU"}
+        output: Tensor = logits.sumsoftmaxweight(LazyTensor(value[:, None, :, :]), **options)
+        return output[None]
+
+    return Prepared(call)
+
+
+def looked_eagerly(problem: Problem, tensors: Tensors) -> Prepared:
+    """Eager torch: the weights of some rows at a time."""
+    options: dict[str, Call] = {
+        f"{rows}-row chunks": partial(looked_in_rows, tensors["query"], tensors["key"], rows)
+        for rows in (256, 512, 1024)
+    }
+    return fastest(problem, tensors, options)
+
+
+def _best_chunk(
+    problem: Problem, tensors: Tensors, run: Callable[..., Tensor], sizes: tuple[int, ...]
+) -> Prepared:
+    """The fastest number of query rows at a time."""
+
+    def chunked(rows: int) -> Tensor:
+        rest = tensors["key"], tensors["value"], tensors["weight"]
+        pieces = tensors["query"].split(rows, -2)
+        return torch.cat([run(piece, *rest) for piece in pieces], -2)
+
+    return fastest(
+        problem, tensors, {f"{rows}-row chunks": partial(chunked, rows) for rows in sizes}
+    )
