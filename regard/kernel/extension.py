@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 log = logging.getLogger("regard")
@@ -30,9 +31,18 @@ def load() -> ModuleType | None:
 
 def missing() -> str:
     """What to say where the extension is not there."""
+    tree = Path(__file__).parents[2]
+    if (tree / "CMakeLists.txt").exists():
+        # Python looks into the current folder first, whatever is installed.
+        remedy = (
+            f"this regard is the source tree {tree}; run from another folder to use the installed "
+            "one, or build the kernels here: pip install -e ."
+        )
+    else:
+        remedy = "installing regard again where there is a C++20 compiler builds them."
     return (
         "regard's compiled kernels are not installed, so attention runs in plain PyTorch, several "
-        "times slower; installing regard again where there is a C++20 compiler builds them."
+        f"times slower; {remedy}"
     )
 
 
