@@ -19,59 +19,12 @@
 #pragma once
 
 #include "attend.h"
+#include "pair_gradients.h"
 
 namespace regard::REGARD_ISA {
 
 // Sums over so many keys are added up: one long chain would round as often as it has terms.
 constexpr int SOME = 16;
-
-// dscore/dquery, /dkey and /dweight of scores that compare vectors channel by channel.
-struct DistanceGradient {
-  template <class T>
-  INLINE void call(const Problem&, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
-                   Vec<T>& dk, Vec<T>& dw) {
-    const Vec<T> x = q - k, g = dlogit * x;
-    dq += g * (w + w);
-    dk -= g * (w + w);
-    dw += g * x;
-  }
-};
-
-struct LeakyGradient {
-  template <class T>
-  INLINE void call(const Problem& p, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
-                   Vec<T>& dk, Vec<T>& dw) {
-    const Vec<T> x = q + k, one = splat(T(1));
-    const Vec<T> g = dlogit * (x > 0 ? one : one * T(p.slope));
-    dq += g * w;
-    dk += g * w;
-    dw += g * x;
-  }
-};
-
-struct TanhGradient {
-  template <class T>
-  INLINE void call(const Problem&, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
-                   Vec<T>& dk, Vec<T>& dw) {
-    const Vec<T> t = tanh<T>(q + k), g = dlogit * (1 - t * t) * w;
-    dq += g;
-    dk += g;
-    dw += dlogit * t;
-  }
-};
-
-// Of tables (regard/form/separable.py): r = 1 / (1 + e^(2 q + 2 k)), whose r (1 - r) is a quarter of
-// tanh's derivative. The factors that belong to a channel are left to the caller.
-struct ReciprocalGradient {
-  template <class T>
-  INLINE void call(const Problem&, Vec<T> dlogit, Vec<T> q, Vec<T> k, Vec<T> w, Vec<T>& dq,
-                   Vec<T>& dk, Vec<T>& dw) {
-    const Vec<T> r = w / (w + q * k), g = dlogit * (r - r * r);
-    dq += g;
-    dk += g;
-    dw += dlogit - dlogit * (r + r);
-  }
-};
 
 template <class T>
 struct GradScratch {
