@@ -5,7 +5,7 @@
     regard::look         sums over weights     (csrc/looks.h)
 
 The operators take tensors and numbers only. What a matrix is made of is translated to them in
-`regard.kernel.parts`; which gradient belongs where is written in `regard.form.fused`.
+`regard.form.operands`; which gradient belongs where is written in `regard.form.fused`.
 """
 
 from __future__ import annotations
