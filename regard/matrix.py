@@ -17,7 +17,7 @@ from regard.mask import Compiled, Dense, Mask, compile_mask
 from regard.normalizer import Normalizer, Softmax
 from regard.opaque import opaque
 from regard.part import Index
-from regard.position import Position
+from regard.position.base import Position
 from regard.rule import Rule
 from regard.runs import Runs
 from regard.score import Dot, Score
@@ -87,10 +87,10 @@ def attention(
         if formula is not None and formula.tensors():
             errors.check_device(formula, formula.tensors(), query.device)
             formula.check_heads(batch)
-    for placed in (position, mask):
-        if placed is not None:
-            placed.check(query.shape[-2], key.shape[-2])
+    if position is not None:
+        position.check(query, key)
     if mask is not None:
+        mask.check(query.shape[-2], key.shape[-2])
         errors.check_device(mask, mask.tensors(), query.device)
         errors.check_fits(mask, mask.axes(), batch)
     matrix = Attention(query, key, Rule.of(score, position, normalizer), mask, dropout)
@@ -104,8 +104,8 @@ class Attention:
     """A lazy attention matrix, made by `regard.attention`; rows are queries, columns are keys.
 
     Operations cost O(n d) memory unless they return more. Products, rows, columns, blocks,
-    `logsumexp` and `received` have gradients; `topk`, `entropy`, `distance` and `pool` are for
-    looking and have none. Weights are what multiplies the value: with dropout, if there is any.
+    `logsumexp`, `received` and `offsets` have gradients; `topk`, `entropy`, `distance` and `pool`
+    are for looking and have none. Weights are what multiplies the value: with any dropout.
     """
 
     query: Tensor
@@ -303,6 +303,30 @@ class Attention:
         """Sum of the weights that each key receives from all rows, [*batch, heads, m]."""
         ones = self.query.new_ones(self.shape[-2], 1)
         return (self.mT @ ones)[..., 0]
+
+    @opaque
+    def offsets(self, left: int, right: int, *, offset: int = 0) -> Tensor:
+        """Sum of each row's weights by relative position, [*batch, heads, n, left + 1 + right].
+
+        found_io = sum of weight_ij over j with clip(j - i - offset, -left, right) = o - left
+
+        Keys farther away count for the first and the last entry, so that a row sums to what its
+        weights do. It has gradients: `A.offsets(left, right) @ table` is the part of the values in
+        Shaw et al. 2018, arXiv:1803.02155, eq. 3. Cost: one pass over the tiles, and two backward.
+        offset: position of the first query
+
+        >>> A = attention(torch.zeros(3, 1), torch.zeros(4, 1))
+        >>> A.offsets(1, 1)
+        tensor([[0.0000, 0.2500, 0.7500],
+                [0.2500, 0.2500, 0.5000],
+                [0.5000, 0.2500, 0.2500]])
+        """
+        from regard.form import offsets
+
+        for name, number in (("left", left), ("right", right)):
+            errors.check_number(f"offsets' {name}", number, whole=True, least=0)
+        errors.check_number("offsets' offset", offset, whole=True)
+        return offsets.offsets(self, offsets.Offsets(left, right, offset))
 
     @opaque
     @torch.no_grad()

@@ -166,3 +166,8 @@ def positions(index: Index, length: int, device: torch.device) -> Tensor:
     if isinstance(index, Tensor):
         return index
     return torch.arange(*index.indices(length), device=device)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most exact dtype of a device, for few numbers on which many depend."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard.normalizer import Normalizer, Softmax
 from regard.part import Part
-from regard.position import Position
+from regard.position.base import Position
 from regard.score import Dot, Score
 
 
@@ -47,6 +47,16 @@ class Rule(Part):
         """A rule is made anew for every matrix; its parts know theirs."""
         position = () if self.position is None else self.position.tensors()
         return (*self.score.tensors(), *position, *self.normalizer.tensors())
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether logits of a tile need the keys of whole rows."""
+        return self.position is not None and self.position.whole_rows
+
+    def numbers_per_pair(self, width: int) -> int:
+        """How many numbers a tile holds for each pair: what decides the tile's size."""
+        more = 0 if self.position is None else self.position.numbers_per_pair()
+        return self.score.numbers_per_pair(width) + more
 
     def operands(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Everything that is done once per token; `logits` compares the results."""

@@ -38,6 +38,7 @@ from regard import (
     attention,
 )
 from regard.form import FORMS
+from regard.position import T5, Cope, Fire, Kerple, Relative, Rotary, Shaw, TransformerXL
 
 __all__ = ["FORMS", "MASKS", "NORMALIZERS", "POSITIONS", "SCORES", "Case", "Sizes", "sizes"]
 
@@ -82,7 +83,7 @@ class Draw:
 
     def normal(self, *shape: int) -> Tensor:
         # Drawn in float64 and rounded, so that one seed means the same case in every dtype.
-        numbers = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         numbers = numbers.abs() if self.one_sign else numbers
         return numbers.to(self.dtype).requires_grad_()
 
@@ -109,6 +110,20 @@ def _laplace(draw: Draw, s: Sizes) -> Callable[..., Tensor]:
     return laplace
 
 
+def _learned_rotary(draw: Draw, s: Sizes) -> Rotary | None:
+    """Two coordinates for each token, between whole numbers, and an odd channel that stays."""
+    if s.width < 2:
+        return None
+    tokens = 3 * draw.normal(s.batch, 1, max(s.n + 1, s.m), 2).detach()
+    frequencies = draw.normal(2, s.width // 2)
+    return Rotary(frequencies, "interleaved", tokens, magnitude=1.1, offset=1)
+
+
+def _fire(draw: Draw, s: Sizes) -> Fire:
+    network = draw.normal(4), draw.normal(4), draw.normal(s.heads, 4), draw.normal(s.heads)
+    return Fire(*network, c=draw.normal(), threshold=draw.normal(), offset=1)
+
+
 SCORES: dict[str, Callable[[Draw, Sizes], object]] = {
     "dot": lambda draw, s: Dot(),
     "dot softcap": lambda draw, s: Dot(scale=draw.normal(s.heads), softcap=1.5),
@@ -128,6 +143,21 @@ POSITIONS: dict[str, Callable[[Draw, Sizes], object]] = {
     "none": lambda draw, s: None,
     "alibi": lambda draw, s: Alibi(draw.positive(s.heads), offset=2),
     "bias": lambda draw, s: Bias(draw.normal(s.batch, 1, s.n, s.m)),
+    "rotary": lambda draw, s: Rotary.of(s.width, offset=1) if s.width % 2 == 0 else None,
+    "learned rotary": _learned_rotary,
+    "relative": lambda draw, s: Relative(draw.normal(s.heads, 8), left=3, offset=1),
+    "t5": lambda draw, s: T5(draw.normal(s.heads, 8), max_distance=9),
+    "t5 one way": lambda draw, s: T5(draw.normal(s.heads, 6), bidirectional=False, max_distance=9),
+    "kerple log": lambda draw, s: Kerple(draw.positive(s.heads), draw.positive(s.heads), offset=2),
+    "kerple power": lambda draw, s: Kerple(draw.positive(s.heads), draw.positive(s.heads), "power"),
+    "fire": _fire,
+    "shaw": lambda draw, s: Shaw(draw.normal(s.heads, 6, s.width), left=2, offset=1),
+    "transformer-xl": lambda draw, s: TransformerXL(
+        draw.normal(s.heads, s.width, 6),
+        draw.normal(s.heads, s.width),
+        draw.normal(s.heads, s.width),
+    ),
+    "cope": lambda draw, s: Cope(draw.normal(s.heads, 4, s.width)),
     "alibi + row bias": lambda draw, s: Alibi.of(s.heads) + Bias(draw.normal(s.heads, 1, s.m)),
 }
 

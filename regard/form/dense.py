@@ -35,6 +35,8 @@ def logits(
     query, key = operands or matrix.rule.operands(matrix.query, matrix.key)
     i = positions(rows, query.shape[-2], query.device)
     j = positions(columns, key.shape[-2], query.device)
+    if matrix.rule.whole_rows and (isinstance(columns, Tensor) or columns != slice(None)):
+        return logits(matrix, rows, slice(None), operands)[..., j]
     keep = None if matrix.runs is None else matrix.runs.keep(rows, columns)
     rule = matrix.rule.cut(rows, columns)
     tile = rule.logits(query[..., rows, :], key[..., columns, :], i, j, keep)

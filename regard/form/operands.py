@@ -12,7 +12,8 @@ from regard.form import separable
 from regard.kernel import cpu
 from regard.normalizer import Normalizer, Relu, Sigmoid, Softmax
 from regard.part import per_head
-from regard.position import Bias, Position, Positions
+from regard.position.base import Bias, Position, terms
+from regard.position.toeplitz import Toeplitz
 from regard.runs import Runs
 from regard.score import Additive, Bilinear, Cosine, Distance, Dot, PositionOnly, Score
 
@@ -35,8 +36,8 @@ def needs(matrix: Attention) -> str | None:
         return f"has no kernel for the activation {score.activation!r}."
     if type(normalizer) not in NORMALIZERS:
         return f"has no kernel for the normalizer {normalizer}."
-    biases = [part for part in _terms(matrix.position) if _is_bias(part)]
-    if any(type(part) is not Bias and not part.toeplitz for part in biases):
+    biases = [part for part in terms(matrix.position) if _is_bias(part)]
+    if any(not isinstance(part, (Bias, Toeplitz)) for part in biases):
         return f"has no kernel for the position {matrix.position}."
     if sum(type(part) is Bias for part in biases) > 1:
         return "adds one Bias at most; add their tensors up first: Bias(one + other)."
@@ -69,14 +70,14 @@ def tensors(matrix: Attention) -> tuple[int, Tensors]:
     elif isinstance(scale := score.scale, Tensor):  # type: ignore[attr-defined]
         query = query.to(wide)
         query = query * per_head(scale, query)
-    biases = [part for part in _terms(matrix.position) if _is_bias(part)]
+    biases = [part for part in terms(matrix.position) if _is_bias(part)]
     explicit = next((part.bias for part in biases if isinstance(part, Bias)), None)
     sink = matrix.normalizer.sink if isinstance(matrix.normalizer, Softmax) else None
     return kind, Tensors(
         query,
         key,
         weight,
-        _by_offset(matrix, [part for part in biases if not isinstance(part, Bias)], constant, wide),
+        _by_offset(matrix, [part for part in biases if isinstance(part, Toeplitz)], constant, wide),
         None if explicit is None else torch.atleast_2d(explicit),
         None if sink is None else torch.as_tensor(sink, dtype=wide),
     )
@@ -99,23 +100,17 @@ def _additive(
 
 
 def _by_offset(
-    matrix: Attention, parts: list[Position], constant: Tensor | None, wide: torch.dtype
+    matrix: Attention, parts: list[Toeplitz], constant: Tensor | None, wide: torch.dtype
 ) -> Tensor | None:
     """The sum of Toeplitz biases as one vector, [*batch, heads, n + m - 1 + some room]."""
     n, m = matrix.shape[-2:]
     if (not parts and constant is None) or 0 in (n, m):
         return None
-    i, j = torch.arange(n), torch.arange(m)
     total = torch.zeros(n + m - 1, dtype=wide)
     if constant is not None:
         total = total + constant[..., None]
     for part in parts:
-        # i - j runs from 1 - m to 0 along the first row backwards, then down the first column.
-        row = part.on_score(matrix.query, matrix.key, i[:1], j)
-        column = part.on_score(matrix.query, matrix.key, i, j[:1])
-        if row is not None and column is not None:
-            row, column = row.squeeze(-2).flip(-1), column.squeeze(-1)[..., 1:]
-            total = total + torch.cat([row, column], -1).to(wide)
+        total = total + part.vector(n, m, matrix.device).to(wide)
     return F.pad(total, (0, cpu.rows_of_a_tile()))
 
 
@@ -154,12 +149,6 @@ def numbers(matrix: Attention, kind: int) -> cpu.Numbers:
         norm_bias=float(normalizer.bias) if isinstance(normalizer, Sigmoid) else 0.0,
         factor=1.0 if dropout is None else 1 / (1 - dropout.probability),
     )
-
-
-def _terms(position: Position | None) -> tuple[Position, ...]:
-    if position is None:
-        return ()
-    return position.parts if isinstance(position, Positions) else (position,)
 
 
 def _is_bias(part: Position) -> bool:

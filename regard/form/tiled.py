@@ -36,8 +36,9 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     """What `explain` says: the code that runs, bytes beyond inputs and outputs, side of a tile."""
     tiles = Tiles.of(matrix)
     size = compute_dtype(matrix.dtype).itemsize
-    lanes, sides = matrix.shape[:-2].numel(), [min(tiles.side, x) for x in matrix.shape[-2:]]
-    numbers = matrix.score.numbers_per_pair(matrix.query.shape[-1]) + 2
+    lanes, (n, m) = matrix.shape[:-2].numel(), matrix.shape[-2:]
+    sides = min(tiles.side, n), m if matrix.rule.whole_rows else min(tiles.side, m)
+    numbers = matrix.rule.numbers_per_pair(matrix.query.shape[-1]) + 2
     rows = lanes * matrix.shape[-2] * size
     name = "generic tiles in PyTorch, running normalizer, backward recomputes"
     return name, lanes * math.prod(sides) * numbers * size + rows, tiles.side

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from regard import grouped
-from regard.form.tiles import Tiles, compute_dtype, part_of, sum_dtype
+from regard.form.tiles import Tiles, compute_dtype, part_of
 from regard.normalizer import Row
+from regard.part import widest
 from regard.runs import Span
 
 
@@ -59,7 +60,7 @@ class Backward:
         )
         # Gradients of the parts' tensors have a home that is cut to a tile like the parts are.
         self.home = tiles.rule.with_tensors(
-            [torch.zeros_like(x, dtype=sum_dtype(x.device)) for x in tiles.rule.tensors()]
+            [torch.zeros_like(x, dtype=widest(x.device)) for x in tiles.rule.tensors()]
         )
 
     def run(self, left: Tensor, row: Row, dtotal: Tensor | None) -> None:
@@ -69,7 +70,7 @@ class Backward:
             of_rows, of_left = part_of(row, rows), left[..., rows, :].to(self.dtype)
             spans = self.tiles.spans(rows)
             works: Iterable[_Work] = self._works(rows, spans, of_left, of_rows, graph=True)
-            delta = torch.zeros_like(of_rows.total, dtype=sum_dtype(left.device))
+            delta = torch.zeros_like(of_rows.total, dtype=widest(left.device))
             if normalizer.couples:
                 first: Iterable[_Work] = self._works(rows, spans, of_left, of_rows, graph=False)
                 if len(spans) == 1:
@@ -90,15 +91,18 @@ class Backward:
         for span in spans:
             logits, leaves = self._logits(rows, span, graph=graph)
             weights = self.tiles.rule.normalizer.weights(logits.detach(), of_rows)
-            dweights = grouped.matmul(
-                of_left, self.operands[2][..., span.columns, :].to(self.dtype).mT
-            )
+            dweights = self._dweights(rows, span, of_left)
             drop = self.tiles.drop(rows, span.columns, self.dtype)
             used = weights
             if drop is not None:
                 used, dweights = weights * drop, dweights * drop
             dweights = dweights.sum_to_size(weights.shape)
             yield _Work(span, logits, leaves, weights, used, dweights)
+
+    def _dweights(self, rows: slice, span: Span, of_left: Tensor) -> Tensor:
+        """left_i . right_j, [*, r, c]."""
+        right = self.operands[2][..., span.columns, :].to(self.dtype)
+        return grouped.matmul(of_left, right.mT)
 
     def _logits(self, rows: slice, span: Span, *, graph: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The logits of a tile, and the tensors that they are computed from."""

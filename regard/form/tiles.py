@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regard.dropout import Dropout
 from regard.normalizer import Row, State
-from regard.part import positions
+from regard.part import positions, widest
 from regard.rule import Rule
 from regard.runs import Runs, Span
 
@@ -35,11 +35,6 @@ NARROW_SIDE = 64
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a tile: half precision inputs are computed in float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of sums over tiles, which are few numbers: then their order costs no digits."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def side(lanes: int, numbers_per_pair: int) -> int:
@@ -68,7 +63,13 @@ class Tiles:
     def of(matrix: Attention) -> Tiles:
         """Cut a matrix."""
         lanes = math.prod(matrix.shape[:-2])
-        numbers = matrix.rule.score.numbers_per_pair(matrix.query.shape[-1])
+        numbers = matrix.rule.numbers_per_pair(matrix.query.shape[-1])
+        if matrix.rule.whole_rows:
+            rows = max(TILE_NUMBERS // max(lanes * numbers * matrix.shape[-1], 1), 1)
+            length = min(rows, LARGEST_SIDE)
+            return Tiles(
+                matrix.rule, matrix.runs, matrix.dropout, matrix.lanes, tuple(matrix.shape), length
+            )
         length = side(lanes, numbers)
         if matrix.runs is not None:
             # Where rows see few keys, smaller tiles waste less on pairs that are not visible: a
@@ -94,6 +95,8 @@ class Tiles:
 
     def spans(self, rows: slice) -> list[Span]:
         """The blocks of columns that these rows see."""
+        if self.rule.whole_rows:
+            return [Span(slice(0, self.shape[-1]), self.runs is None)] if self.shape[-1] else []
         if self.runs is None:
             return [Span(columns, True) for columns in _slices(self.shape[-1], self.side)]
         return self.runs.spans(rows, self.side)
@@ -158,7 +161,7 @@ class Tiles:
         for rows in self.row_blocks():
             of_rows = query[..., rows, :].to(dtype)
             count = rows.stop - rows.start
-            zeros = value.new_zeros(*batch, count, value.shape[-1], dtype=sum_dtype(value.device))
+            zeros = value.new_zeros(*batch, count, value.shape[-1], dtype=widest(value.device))
             state: State = normalizer.neutral((*self.batch, count), zeros, dtype)
             for span in self.spans(rows):
                 of_columns, of_values = (x[..., span.columns, :].to(dtype) for x in (key, value))

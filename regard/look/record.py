@@ -12,7 +12,7 @@ from regard.errors import RegardError, ShapeError
 from regard.mask import Causal, Dense, Mask
 from regard.matrix import Attention, attention
 from regard.normalizer import Softmax
-from regard.position import Bias
+from regard.position.base import Bias
 from regard.score import Dot
 
 

@@ -6,23 +6,43 @@ key vectors (once per token), and on the score (per tile). Parts add up: `Alibi.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from regard import errors
-from regard.part import Index, Part, per_head
+from regard.part import Index, Part
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+
+class Band(NamedTuple):
+    """A bias that row i adds by the offset of the key, clipped: table[i, clip(j - i - offset)].
+
+    left: offsets below -left are clipped; those above are where the table ends
+    offset: position of row 0; table: [*batch, heads, n, left + 1 + right]
+    """
+
+    left: int
+    offset: int
+    table: Tensor
 
 
 class Position(Part):
-    """Base of all position parts. Row i of the matrix stands at position i + offset."""
+    """Base of all position parts. Row i of the matrix stands at position i + offset.
+
+    A part says how it acts (`on_query`, `on_key`, `on_score` are its definition), and states facts
+    from which forms choose.
+    """
 
     shift_invariant: ClassVar[bool] = False
     """Whether moving query and key by the same amount leaves every score as it was."""
     toeplitz: ClassVar[bool] = False
     """Whether it adds a bias that depends on i - j alone, and nothing else."""
+    whole_rows: ClassVar[bool] = False
+    """Whether the bias of one pair depends on other keys, so that a tile must be whole rows."""
 
     def on_query(self, query: Tensor, i: Tensor) -> Tensor:
         """Change the queries [*batch, heads, n, d] at positions i [n]."""
@@ -36,19 +56,51 @@ class Position(Part):
         """Return what to add to the scores of a tile: broadcasts to [*batch, heads, r, c]."""
         return None
 
-    def check(self, rows: int, columns: int) -> None:
-        """Raise ShapeError where the part does not fit the matrix's rows and columns."""
+    def band(self, query: Tensor, i: Tensor) -> Band | None:
+        """The bias of `on_score` by clipped offset, if it is one: what the kernels read."""
+        return None
+
+    def channels(
+        self, query: Tensor, key: Tensor, i: Tensor, j: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The bias of `on_score` as a dot product of further channels, if it is one.
+
+        [*batch, heads, n, c] of the queries and [*batch, key heads or 1, m, c] of the keys.
+        """
+        return None
+
+    def on_output(self, matrix: Attention) -> Tensor | None:
+        """What a layer adds to the product of the matrix and value: [*batch, heads, n, e]."""
+        return None
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Raise ShapeError where the part does not fit the vectors or the matrix's lengths."""
+
+    def numbers_per_pair(self) -> int:
+        """How many numbers a tile holds for each pair, beyond the score's."""
+        return 0
+
+    def at(self, offset: int) -> Self:
+        """The same part where the first query stands at position `offset`.
+
+        What a sequence continued from cached keys needs: with m keys and n new queries that are
+        the last of them, `position.at(m - n)`.
+        """
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return replace(self, offset=offset) if "offset" in names else self  # type: ignore[type-var]
 
     def __add__(self, other: Position) -> Position:
         if not isinstance(other, Position):
             return NotImplemented
-        return Positions((*_terms(self), *_terms(other)))
+        return Positions((*terms(self), *terms(other)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Positions(Position):
     """Several position parts at once: vectors change in the order given, biases add up.
 
+    >>> import torch
+    >>> from regard import Alibi
     >>> Alibi.of(2) + Bias(torch.zeros(5, 5))
     Alibi(tensor(2)) + Bias(tensor(5, 5))
     """
@@ -65,6 +117,11 @@ class Positions(Position):
         """True if every part is."""
         return all(part.toeplitz for part in self.parts)
 
+    @property
+    def whole_rows(self) -> bool:  # type: ignore[override]
+        """True if any part is."""
+        return any(part.whole_rows for part in self.parts)
+
     def on_query(self, query: Tensor, i: Tensor) -> Tensor:
         for part in self.parts:
             query = part.on_query(query, i)
@@ -80,9 +137,20 @@ class Positions(Position):
         present = [bias.to(query.dtype) for bias in biases if bias is not None]
         return sum(present[1:], present[0]) if present else None
 
-    def check(self, rows: int, columns: int) -> None:
+    def on_output(self, matrix: Attention) -> Tensor | None:
+        more = [part.on_output(matrix) for part in self.parts]
+        present = [output for output in more if output is not None]
+        return sum(present[1:], present[0]) if present else None
+
+    def check(self, query: Tensor, key: Tensor) -> None:
         for part in self.parts:
-            part.check(rows, columns)
+            part.check(query, key)
+
+    def numbers_per_pair(self) -> int:
+        return sum(part.numbers_per_pair() for part in self.parts)
+
+    def at(self, offset: int) -> Positions:
+        return Positions(tuple(part.at(offset) for part in self.parts))
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts))
@@ -96,7 +164,7 @@ class Bias(Position):
     A mask as runs (`Causal`, `Dense`, ...) is cheaper where entries are only 0 or -inf.
     Raises ShapeError where it does not broadcast to the matrix.
 
-    >>> import regard
+    >>> import regard, torch
     >>> query = key = torch.zeros(2, 1)
     >>> regard.attention(query, key, position=Bias(torch.tensor([[0.0, -torch.inf]]))).dense()
     tensor([[1., 0.],
@@ -120,66 +188,17 @@ class Bias(Position):
         """Return the bias itself, which `cut` has made as large as the tile."""
         return self.bias
 
-    def check(self, rows: int, columns: int) -> None:
-        given, wanted = self.bias.shape[-2:], (rows, columns)
-        if any(g not in (1, w) for g, w in zip(given, wanted, strict=True)):
+    def check(self, query: Tensor, key: Tensor) -> None:
+        given, (rows, columns) = self.bias.shape[-2:], (query.shape[-2], key.shape[-2])
+        if any(g not in (1, w) for g, w in zip(given, (rows, columns), strict=True)):
             raise errors.ShapeError(
                 f"Bias has shape {errors.show(self.bias.shape)}, but the matrix has {rows} rows "
-                f"and {columns} columns; its last two axes must be {errors.show(wanted)} or 1."
+                f"and {columns} columns; its last two axes must be {(rows, columns)} or 1."
             )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Alibi(Position):
-    """Linear distance penalty: bias_ij = -slope |i + offset - j|, one slope for each head.
-
-    slopes: [heads], or anything that broadcasts to [*batch, heads]
-    offset: position of the first query, where queries continue a sequence of cached keys
-    Cost: O(n m) additions, nothing stored.  Press, Smith, Lewis 2022, arXiv:2108.12409, section 3.
-    Raises ShapeError where the slopes do not fit the heads.
-
-    >>> alibi = Alibi.of(2)
-    >>> alibi.slopes
-    tensor([0.0625, 0.0039])
-    >>> query, key = torch.zeros(2, 1, 4), torch.zeros(2, 3, 4)
-    >>> alibi.on_score(query, key, torch.tensor([2]), torch.arange(3))
-    tensor([[[-0.1250, -0.0625, -0.0000]],
-    <BLANKLINE>
-            [[-0.0078, -0.0039, -0.0000]]])
-    """
-
-    slopes: Tensor
-    offset: int = 0
-
-    shift_invariant: ClassVar[bool] = True
-    toeplitz: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        errors.check_tensor("Alibi's slopes", self.slopes, shape="[heads]", dims=0)
-        errors.check_number("Alibi's offset", self.offset, whole=True)
-
-    @staticmethod
-    def of(num_heads: int, offset: int = 0) -> Alibi:
-        """Use the paper's slopes 2 ** (-8 k / heads), k = 1..heads, for powers of two.
-
-        Other numbers of heads take the slopes of the next lower power of two, then every other
-        slope of the next higher one, as the authors' code does.
-
-        >>> Alibi.of(3).slopes
-        tensor([0.0625, 0.0039, 0.2500])
-        """
-        errors.check_number("Alibi.of's num_heads", num_heads, whole=True, least=1)
-        lower = 1 << (num_heads.bit_length() - 1)
-        slopes = [2.0 ** (-8 * k / lower) for k in range(1, lower + 1)]
-        between = [2.0 ** (-4 * k / lower) for k in range(1, 2 * lower + 1, 2)]
-        return Alibi(torch.tensor((slopes + between)[:num_heads]), offset)
-
-    def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        # Floating point is a third of the cost of int64 here, and exact to 2^24 positions.
-        wide = torch.promote_types(self.slopes.dtype, torch.float32)
-        distance = ((i + self.offset).to(wide)[:, None] - j.to(wide)).abs()
-        return -per_head(self.slopes, distance) * distance
-
-
-def _terms(position: Position) -> tuple[Position, ...]:
+def terms(position: Position | None) -> tuple[Position, ...]:
+    """The parts that add up to a position."""
+    if position is None:
+        return ()
     return position.parts if isinstance(position, Positions) else (position,)
