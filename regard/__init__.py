@@ -18,10 +18,11 @@ from regard.look import look
 from regard.mask import Causal, Dense, Documents, Mask, Padding, Prefix, Window
 from regard.matrix import Attention, attention
 from regard.normalizer import Identity, Normalizer, Relu, RowSum, Sigmoid, Softmax
-from regard.position import Alibi, Bias, Position
+from regard.position import T5, Alibi, Bias, Position, Rotary
 from regard.score import Additive, Bilinear, Cosine, Distance, Dot, PositionOnly, Score
 
 __all__ = [
+    "T5",
     "Additive",
     "Alibi",
     "Attention",
@@ -47,6 +48,7 @@ __all__ = [
     "Prefix",
     "RegardError",
     "Relu",
+    "Rotary",
     "RowSum",
     "Score",
     "ShapeError",

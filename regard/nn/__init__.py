@@ -2,5 +2,13 @@
 
 from regard.nn.attention import MultiHeadAttention, SelfAttention
 from regard.nn.learnable import Learnable
+from regard.nn.position import Continuous, Learned, Sinusoidal
 
-__all__ = ["Learnable", "MultiHeadAttention", "SelfAttention"]
+__all__ = [
+    "Continuous",
+    "Learnable",
+    "Learned",
+    "MultiHeadAttention",
+    "SelfAttention",
+    "Sinusoidal",
+]

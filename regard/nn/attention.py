@@ -61,7 +61,11 @@ class _Heads(nn.Module):
             normalizer=_built(self.normalizer),
             dropout=dropout,
         )
-        return (matrix @ value).transpose(-3, -2).flatten(-2), matrix
+        output, position = matrix @ value, matrix.position
+        more = None if position is None else position.on_output(matrix)
+        if more is not None:
+            output = output + more
+        return output.transpose(-3, -2).flatten(-2), matrix
 
     def _make_output(self, bias: bool) -> None:
         """The output projection, and torch's initial values: Xavier weights, zero biases."""

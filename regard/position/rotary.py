@@ -187,7 +187,9 @@ class Rotary(Position):
             one, other = turning.unflatten(-1, (pairs, 2)).unbind(-1)
             both = [one * cosine - other * sine, other * cosine + one * sine]
             turned = torch.stack(both, -1).flatten(-2)
-        return torch.cat([turned, rest.to(dtype)], -1) if rest.shape[-1] else turned
+        if not rest.shape[-1]:
+            return turned
+        return torch.cat([turned, rest.to(dtype).expand(*turned.shape[:-1], -1)], -1)
 
     def _table(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the tokens' angles, times the magnitude, [..., n, pairs]."""
