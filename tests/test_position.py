@@ -1,31 +1,21 @@
-"""Position against transformers and x-transformers, plain loops, and what the papers prove."""
+"""Position against plain loops, and what the papers prove."""
 
 import math
 
 import pytest
 import torch
+from laws import MASKS, POSITIONS, Draw, Sizes
 
-from regard import Alibi, Bias, Causal, PositionOnly, attention
-from regard.errors import DtypeError, ShapeError
+from regard import Causal, attention
 from regard.position import (
-    T5,
-    Cope,
-    DynamicNtk,
     Fire,
-    Interpolation,
     Kerple,
-    Llama3,
-    LongRope,
-    Ntk,
-    Proportional,
     Relative,
     Rotary,
     Shaw,
-    TransformerXL,
     Yarn,
     sinusoid,
 )
-from tests.laws import MASKS, POSITIONS, Draw, Sizes
 
 EXACT, LOOP, FLOAT32, SEEN = 1e-12, 1e-13, 1e-6, 1e-3
 """Rounding of float64, of one formula in it, of float32; a difference that is none of these."""
@@ -54,80 +44,6 @@ def bias(position, query, key):
 # Rotary
 
 
-LONG = tuple(1 + c / 8 for c in range(64))
-SHORT = tuple(1 + c / 64 for c in range(64))
-ROPE = {  # what transformers is configured with, its length and base, and the same here
-    "default": ({}, None, 1e4, {}),
-    "linear": ({"factor": 4.0}, None, 1e4, {"scaling": Interpolation(4.0)}),
-    "dynamic": ({"factor": 4.0}, 8192, 1e4, {"scaling": DynamicNtk(4.0, 8192, 2048)}),
-    "dynamic, short": ({"factor": 4.0}, 100, 1e4, {"scaling": DynamicNtk(4.0, 100, 2048)}),
-    "yarn": (
-        {"factor": 16.0, "original_max_position_embeddings": 4096},
-        None,
-        1e4,
-        {"scaling": Yarn(16.0, 4096)},
-    ),
-    "yarn, not rounded": (
-        {
-            "factor": 4.0,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 20.0,
-            "beta_slow": 2.0,
-            "truncate": False,
-            "attention_factor": 1.25,
-        },
-        None,
-        1.5e5,
-        {"scaling": Yarn(4.0, 4096, 20.0, 2.0, rounded=False, attention_factor=1.25)},
-    ),
-    "longrope": (
-        {
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "short_factor": list(SHORT),
-            "long_factor": list(LONG),
-        },
-        5000,
-        1e4,
-        {"scaling": LongRope(SHORT, LONG, 5000, 4096, 32.0)},
-    ),
-    "longrope, short": (
-        {
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "short_factor": list(SHORT),
-            "long_factor": list(LONG),
-        },
-        4096,
-        1e4,
-        {"scaling": LongRope(SHORT, LONG, 4096, 4096, 32.0)},
-    ),
-    "llama3": (
-        {
-            "factor": 8.0,
-            "original_max_position_embeddings": 8192,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-        },
-        None,
-        5e5,
-        {"scaling": Llama3(8.0, 8192)},
-    ),
-    "proportional": (
-        {"partial_rotary_factor": 0.25, "factor": 2.0},
-        None,
-        1e6,
-        {"scaling": Proportional(0.25, 2.0)},
-    ),
-    "linear, partial": (
-        {"factor": 2.0, "partial_rotary_factor": 0.5},
-        None,
-        1e4,
-        {"scaling": Interpolation(2.0), "fraction": 0.5},
-    ),
-}
-
-
 def llama(kind, base, length=2048, **more):
     config = pytest.importorskip("transformers", reason="the reference").LlamaConfig
     return config(
@@ -137,48 +53,6 @@ def llama(kind, base, length=2048, **more):
         max_position_embeddings=length,
         rope_parameters={"rope_type": kind, "rope_theta": base, **more},
     )
-
-
-def test_every_type_of_transformers_is_compared():
-    utils = pytest.importorskip("transformers.modeling_rope_utils", reason="the reference")
-    assert {name.split(",")[0] for name in ROPE} == {"default", *utils.ROPE_INIT_FUNCTIONS}
-
-
-@pytest.mark.parametrize("name", ROPE)
-def test_frequencies_are_those_of_transformers(name):
-    utils = pytest.importorskip("transformers.modeling_rope_utils", reason="the reference")
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    more, length, base, ours = ROPE[name]
-    kind = name.split(",")[0]
-    compute = LlamaRotaryEmbedding.compute_default_rope_parameters
-    compute = utils.ROPE_INIT_FUNCTIONS.get(kind, compute)
-    expected, factor = compute(llama(kind, base, **more), device=None, seq_len=length)
-    rotary = Rotary.of(128, base=base, **ours)
-    found = torch.tensor(rotary.frequencies[0], dtype=torch.float64)
-    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
-    assert rotary.magnitude == pytest.approx(factor, rel=1e-6)
-
-
-def test_halves_turn_as_llama_does():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason="the reference")
-    query, token = normal(2, 3, 5, 8), torch.arange(5) + 1000
-    theta = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    angle = (token[:, None] * theta).repeat(1, 2)[None]
-    expected, _ = llama.apply_rotary_pos_emb(query, query, angle.cos(), angle.sin())
-    same(Rotary.of(8).on_query(query, token), expected, EXACT)
-    same(Rotary.of(8, offset=1000).on_query(query, torch.arange(5)), expected, EXACT)
-    same(Rotary.of(8).on_key(query, token), expected, EXACT)
-
-
-def test_interleaved_turn_as_gptj_does():
-    gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj", reason="the reference")
-    query, token = normal(2, 3, 5, 8), torch.arange(5) + 1000
-    theta = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    angle = (token[:, None] * theta)[None]
-    expected = gptj.apply_rotary_pos_emb(query.transpose(1, 2), angle.sin(), angle.cos())
-    found = Rotary.of(8, layout="interleaved").on_query(query, token)
-    same(found, expected.transpose(1, 2), EXACT)
 
 
 def test_layouts_differ_by_a_permutation_of_channels():
@@ -238,46 +112,6 @@ def test_lengths_stay_and_scores_depend_on_differences():
 
 
 # Biases by distance
-
-
-@pytest.mark.parametrize(("bidirectional", "last"), [(True, 91), (False, 113)])
-def test_t5_buckets_are_those_of_transformers(bidirectional, last):
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="the reference")
-    distance = torch.arange(-4096, 4097)
-    for buckets, most in ((32, 128), (8, 9), (64, 512)):
-        expected = t5.T5Attention._relative_position_bucket(
-            -distance, bidirectional=bidirectional, num_buckets=buckets, max_distance=most
-        )
-        found = T5(torch.zeros(1, buckets), bidirectional, most).bucket(distance)
-        assert torch.equal(found, expected)
-    bucket = T5(torch.zeros(1, 32), bidirectional).bucket
-    top = 15 if bidirectional else 31
-    assert bucket(torch.tensor([last - 1, last, 128])).tolist() == [top - 1, top, top]
-
-
-@pytest.mark.parametrize("decoder", [False, True])
-def test_t5_bias_is_that_of_transformers(decoder):
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="the reference")
-    config = t5.T5Config(d_model=8, d_kv=2, num_heads=4, is_decoder=decoder)
-    layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
-    table = normal(4, 32, dtype=torch.float32)
-    with torch.no_grad():
-        layer.relative_attention_bias.weight.copy_(table.T)
-        expected = layer.compute_bias(40, 150, past_seen_tokens=110)[0]
-    position = T5(table, bidirectional=not decoder, offset=110)
-    same(bias(position, torch.zeros(4, 40, 2), torch.zeros(4, 150, 2)), expected, 0)
-
-
-@pytest.mark.parametrize("heads", range(1, 65))
-def test_alibi_gives_the_weights_of_bloom(heads):
-    """Bloom adds slope j, which differs from -slope (i - j) by a constant for each row."""
-    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom", reason="the reference")
-    theirs = bloom.build_alibi_tensor(torch.ones(1, 40), heads, torch.float32).expand(-1, 40, -1)
-    ahead = torch.ones(40, 40).triu(1).bool()
-    expected = theirs.masked_fill(ahead, -torch.inf).softmax(-1)
-    zeros = torch.zeros(heads, 40, 1)
-    matrix = attention(zeros, zeros, score=PositionOnly(), position=Alibi.of(heads), mask=Causal())
-    same(matrix.dense(), expected, FLOAT32)
 
 
 def loops(rows, columns, of):
@@ -345,37 +179,7 @@ def test_sinusoid_is_its_formula_in_three_layouts(width):
     assert found.shape == (4, width)
 
 
-@pytest.mark.parametrize("width", [8, 9])
-def test_sinusoid_halves_are_marians(width):
-    marian = pytest.importorskip(
-        "transformers.models.marian.modeling_marian", reason="the reference"
-    )
-    expected = marian.MarianSinusoidalPositionalEmbedding(50, width).create_weight()
-    same(sinusoid(torch.arange(50), width, layout="halves"), expected, 2**-23)
-
-
 # Biases that read the query or the key
-
-
-def test_shaw_is_its_formula_and_adds_to_the_output():
-    query, key, value = normal(2, 7, 4), normal(2, 9, 4, seed=1), normal(2, 9, 3, seed=2)
-    keys, values = normal(5, 4, seed=3), normal(5, 3, seed=4)
-
-    def entry(i, j):
-        return min(max(j - i - 1, -3), 1) + 3
-
-    shaw = Shaw(keys, 3, values, offset=1)
-    expected = loops(7, 9, lambda i, j: (query[:, i] * keys[entry(i, j)]).sum(-1) / 2)
-    same(bias(shaw, query, key), expected, LOOP)
-    unscaled = Shaw(keys, 3, scale=1.0, offset=1)
-    same(bias(unscaled, query, key), 2 * expected, LOOP)
-
-    matrix = attention(query, key, position=shaw)
-    weights = ((query @ key.mT) / 2 + expected).softmax(-1)
-    same(matrix.dense(), weights, EXACT)
-    joined = torch.stack([torch.stack([values[entry(i, j)] for j in range(9)]) for i in range(7)])
-    same(matrix @ value, weights @ value, EXACT)
-    same(shaw.on_output(matrix), torch.einsum("hij,ijc->hic", weights, joined), EXACT)
 
 
 def test_shaw_is_relative_key_of_wav2vec2_bert():
@@ -398,60 +202,6 @@ def test_shaw_is_relative_key_of_wav2vec2_bert():
         )
         table = layer.distance_embedding.weight
         same(attention(query, key, position=Shaw(table, 3)).dense(), expected, EXACT)
-
-
-def test_transformer_xl_is_a_gather_of_its_formula():
-    query, key = normal(2, 7, 4), normal(2, 9, 4, seed=1)
-    weight, u, v = normal(2, 4, 6, seed=2), normal(2, 4, seed=3), normal(2, 4, seed=4)
-
-    def one(i, j):
-        angles = [(i + 1 - j) / 10000 ** (2 * c / 6) for c in range(3)]
-        wave = [f(angle) for f in (math.sin, math.cos) for angle in angles]
-        seen = weight @ torch.tensor(wave, dtype=torch.float64)
-        return ((u * key[:, j]).sum(-1) + ((query[:, i] + v) * seen).sum(-1)) / 2
-
-    position = TransformerXL(weight, u, v, offset=1)
-    same(bias(position, query, key), loops(7, 9, one), LOOP)
-    of_query, of_key = position.channels(query, key, torch.arange(7), torch.arange(9))
-    same(of_query @ of_key.mT, loops(7, 9, one), LOOP)
-
-
-def test_transformer_xl_gives_the_weights_of_xlnet():
-    xlnet = pytest.importorskip("transformers.models.xlnet.modeling_xlnet", reason="the reference")
-    config = xlnet.XLNetConfig(d_model=8, n_head=2, n_layer=1, d_inner=8, dropout=0.0)
-    layer = xlnet.XLNetRelativeAttention(config).double().eval()
-    query, key = normal(1, 2, 5, 4), normal(1, 2, 9, 4, seed=1)  # four keys come from memory
-    weight, u, v = normal(2, 4, 8, seed=2), normal(2, 4, seed=3), normal(2, 4, seed=4)
-    angle = torch.arange(9, -5, -1)[:, None] / 10000 ** (torch.arange(0, 8, 2).double() / 8)
-    wave = torch.cat([angle.sin(), angle.cos()], -1)[:, None]
-    with torch.no_grad():
-        layer.r_w_bias.copy_(u)
-        layer.r_r_bias.copy_(v)
-        ours = (x.permute(2, 0, 1, 3) for x in (query, key, key))
-        relative = torch.einsum("pbw,hdw->pbhd", wave, weight)
-        _, theirs = layer.rel_attn_core(*ours, relative, output_attentions=True)
-    # Positions of XLNet's gather are those of queries that begin where its keys do.
-    found = attention(query, key, position=TransformerXL(weight, u, v)).dense()
-    shifted = attention(query, key, position=TransformerXL(weight, u, v, offset=4)).dense()
-    expected = theirs.permute(2, 3, 0, 1)
-    gaps = [float((x - expected).abs().max()) for x in (found, shifted)]
-    assert min(gaps) <= EXACT, gaps
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.float64, EXACT)])
-@pytest.mark.parametrize("entries", [3, 20])
-def test_cope_is_that_of_x_transformers(dtype, tolerance, entries):
-    other = pytest.importorskip("x_transformers.x_transformers", reason="the reference")
-    unit = torch.nn.functional.normalize
-    query, table = unit(normal(1, 2, 8, 4), dim=-1), unit(normal(entries, 4, seed=2), dim=-1)
-    query, table, key = query.to(dtype), table.to(dtype), normal(1, 2, 8, 4, seed=1, dtype=dtype)
-    theirs = other.CoPE(dim=4, heads=2, max_pos=entries).to(dtype)
-    ahead = torch.ones(8, 8).triu(1).bool()
-    with torch.no_grad():
-        theirs.pos_emb.copy_(table)
-        logits = (query @ key.mT / 2).masked_fill(ahead, -torch.finfo(dtype).max)
-        expected = theirs(query, logits)
-    same(bias(Cope(table), query, key), expected, tolerance)
 
 
 # Weights by offset
@@ -581,108 +331,3 @@ def test_one_causal_layer_is_blind_to_the_order_of_the_prefix_and_two_are_not():
 
     same(layer(moved)[-1], layer(x)[-1], EXACT)
     assert (layer(layer(moved))[-1] - layer(layer(x))[-1]).abs().max() > SEEN
-
-
-# Errors
-
-
-QUERY = torch.zeros(1, 2, 5, 4)
-
-
-def on(position):
-    return lambda: attention(QUERY, QUERY, position=position())
-
-
-ERRORS = {
-    "rotary, odd": (lambda: Rotary.of(7), ShapeError, ["7"]),
-    "rotary, odd part": (lambda: Rotary.of(8, fraction=0.375), ShapeError, ["0.375", "8", "3"]),
-    "rotary, axes": (lambda: Rotary.axial(6, torch.zeros(5, 2)), ShapeError, ["6", "2"]),
-    "rotary, wide": (on(lambda: Rotary.of(8)), ShapeError, ["width 4", "4 pairs"]),
-    "rotary, few": (
-        on(lambda: Rotary.of(4, positions=torch.arange(3))),
-        ShapeError,
-        ["3 tokens", "5 keys"],
-    ),
-    "rotary, offset": (
-        on(lambda: Rotary.of(4, positions=torch.arange(6), offset=2)),
-        ShapeError,
-        ["6 tokens", "2 to 6"],
-    ),
-    "rotary, bool": (
-        lambda: Rotary.of(4, positions=torch.ones(5, dtype=torch.bool)),
-        DtypeError,
-        ["bool"],
-    ),
-    "rotary, list": (lambda: Rotary.of(4, positions=[0, 1]), DtypeError, ["list"]),
-    "rotary, shape": (lambda: Rotary.of(4, positions=torch.zeros(2, 5)), ShapeError, ["(2, 5)"]),
-    "rotary, no coordinates": (on(lambda: Rotary(((1.0,), (0.5,)))), ShapeError, ["2 coordinates"]),
-    "rotary, layout": (lambda: Rotary.of(4, layout="thirds"), ValueError, ["'thirds'"]),
-    "relative, short": (lambda: Relative(torch.zeros(2, 2), 3), ShapeError, ["2 ent", "-3", "4"]),
-    "relative, heads": (on(lambda: Relative(torch.zeros(3, 8), 3)), ShapeError, ["3", "2"]),
-    "shaw, short": (lambda: Shaw(torch.zeros(2, 4), 3), ShapeError, ["2 ent", "-3", "4"]),
-    "shaw, short values": (
-        lambda: Shaw(torch.zeros(4, 4), 3, torch.zeros(3, 4)),
-        ShapeError,
-        ["3 ent", "-3", "4"],
-    ),
-    "shaw, width": (on(lambda: Shaw(torch.zeros(3, 6), 1)), ShapeError, ["width 6", "width 4"]),
-    "shaw, heads": (on(lambda: Shaw(torch.zeros(3, 3, 4), 1)), ShapeError, ["3", "2"]),
-    "t5, odd": (lambda: T5(torch.zeros(1, 7)), ShapeError, ["7 buckets", "4"]),
-    "t5, few": (lambda: T5(torch.zeros(1, 2)), ShapeError, ["2 buckets", "4"]),
-    "t5, one": (lambda: T5(torch.zeros(1, 1), bidirectional=False), ShapeError, ["1 buckets", "2"]),
-    "t5, distance": (lambda: T5(torch.zeros(1, 32), max_distance=8), ValueError, ["9", "8"]),
-    "t5, heads": (on(lambda: T5(torch.zeros(3, 8))), ShapeError, ["3", "2"]),
-    "alibi, heads": (on(lambda: Alibi.of(3)), ShapeError, ["3", "2"]),
-    "kerple, heads": (on(lambda: Kerple.of(3)), ShapeError, ["3", "2"]),
-    "kerple, kind": (
-        lambda: Kerple(torch.ones(1), torch.ones(1), "square"),
-        ValueError,
-        ["'square'"],
-    ),
-    "fire, heads": (on(lambda: Fire.of(3)), ShapeError, ["3", "2"]),
-    "fire, network": (
-        lambda: Fire(torch.ones(4), torch.ones(5), torch.ones(2, 4), torch.ones(2), *torch.ones(2)),
-        ShapeError,
-        ["4, 5"],
-    ),
-    "fire, output": (
-        lambda: Fire(torch.ones(4), torch.ones(4), torch.ones(2, 4), torch.ones(3), *torch.ones(2)),
-        ShapeError,
-        ["2", "3"],
-    ),
-    "xl, width": (on(lambda: TransformerXL.of(2, 6, 8)), ShapeError, ["width 6", "width 4"]),
-    "xl, heads": (on(lambda: TransformerXL.of(3, 4, 8)), ShapeError, ["3", "2"]),
-    "xl, odd": (lambda: TransformerXL.of(2, 4, 7), ShapeError, ["7 columns"]),
-    "cope, width": (on(lambda: Cope.of(6, 3)), ShapeError, ["width 6", "width 4"]),
-    "cope, heads": (on(lambda: Cope(torch.zeros(3, 3, 4))), ShapeError, ["3", "2"]),
-    "bias": (on(lambda: Bias(torch.zeros(5, 6))), ShapeError, ["(5, 6)", "(5, 5)"]),
-    "longrope": (
-        lambda: Rotary.of(8, scaling=LongRope((1.0,) * 3, (1.0,) * 4, 9, 10)),
-        ShapeError,
-        ["3 short", "4 pairs", "8"],
-    ),
-    "ntk": (lambda: Rotary.of(2, scaling=Ntk(2.0)), ShapeError, ["4", "2"]),
-    "yarn, order": (lambda: Yarn(2.0, 100, fast=1.0, slow=2.0), ValueError, ["1.0", "2.0"]),
-    "yarn, ramp": (lambda: Yarn(2.0, 100, ramp="turns"), ValueError, ["'turns'"]),
-    "sinusoid": (lambda: sinusoid(torch.arange(3), 4, layout="pairs"), ValueError, ["'pairs'"]),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors_name_the_numbers(name):
-    call, kind, parts = ERRORS[name]
-    with pytest.raises(kind) as raised:
-        call()
-    for said in parts:
-        assert said in str(raised.value)
-
-
-def test_transformer_xl_is_a_product_of_further_channels():
-    """What `channels` says is the bias itself, for groups of heads too."""
-    draw = laws.Draw(0, torch.float64)
-    query, key = draw.normal(4, 9, 6), draw.normal(2, 11, 6)
-    part = TransformerXL(draw.normal(4, 6, 8), draw.normal(4, 6), draw.normal(4, 6), offset=2)
-    i, j = torch.arange(9), torch.arange(11)
-    left, right = part.channels(query, key, i, j)
-    product = left @ right.repeat_interleave(2, 0).mT
-    assert (product - part.on_score(query, key, i, j)).abs().max() <= 1e-12

@@ -63,6 +63,12 @@ class Fire(Position):
                 f"Fire's hidden, hidden_bias and output are networks of {sorted(sizes)} hidden "
                 "numbers; all three must end in one axis [k]."
             )
+        heads, biases = self.output.shape[-2], self.output_bias.shape[-1]
+        if heads != biases:
+            raise errors.ShapeError(
+                f"Fire's output is for {heads} heads and its output_bias for {biases}; give both "
+                "one row for each head."
+            )
         errors.check_number("Fire's eps", self.eps, least=0)
         errors.check_number("Fire's offset", self.offset, whole=True)
 
