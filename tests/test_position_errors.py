@@ -30,7 +30,7 @@ def on(position):
 ERRORS = {
     "rotary, odd": (lambda: Rotary.of(7), ShapeError, ["7"]),
     "rotary, odd part": (lambda: Rotary.of(8, fraction=0.375), ShapeError, ["0.375", "8", "3"]),
-    "rotary, axes": (lambda: Rotary.axial(6, torch.zeros(5, 2)), ShapeError, ["6", "2"]),
+    "rotary, axes": (lambda: Rotary.axial(6, torch.zeros(5, 2)), ShapeError, ["2 coord", "of 4"]),
     "rotary, wide": (on(lambda: Rotary.of(8)), ShapeError, ["width 4", "4 pairs"]),
     "rotary, few": (
         on(lambda: Rotary.of(4, positions=torch.arange(3))),

@@ -115,20 +115,21 @@ class Rotary(Position):
         """Positions with several coordinates, [m, axes]: each has its own share of the channels.
 
         The pairs of each coordinate have frequencies base^(-2 c / (head_dim / axes)), as a 1-D
-        encoding of that many channels would.  Heo et al. 2024, arXiv:2403.13298, section 3.1.
+        encoding of that many channels would.  Heo et al. 2024, arXiv:2403.13298.
 
         >>> grid = torch.cartesian_prod(torch.arange(4), torch.arange(6))  # y, x of 24 patches
         >>> Rotary.axial(64, grid)
         Rotary(32 pairs, 2 axes, positions=tensor(24, 2))
         """
         axes = positions.shape[-1]
-        width = _even("Rotary.axial's head_dim", head_dim, 1 / axes)
-        if width * axes != head_dim:
+        errors.check_number("Rotary.axial's head_dim", head_dim, whole=True, least=2)
+        if axes < 1 or head_dim % (2 * axes):
             raise errors.ShapeError(
                 f"{head_dim} channels cannot be shared by {axes} coordinates in pairs; head_dim "
                 f"must be a multiple of {2 * axes}."
             )
-        own, pairs = Scaling().frequencies(width, float(base)), width // 2
+        pairs = head_dim // (2 * axes)
+        own = UNSCALED.frequencies(2 * pairs, float(base))
         frequencies = tuple(
             (0.0,) * (axis * pairs) + own + (0.0,) * ((axes - 1 - axis) * pairs)
             for axis in range(axes)
