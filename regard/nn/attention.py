@@ -64,6 +64,11 @@ class _Heads(nn.Module):
         output, position = matrix @ value, matrix.position
         more = None if position is None else position.on_output(matrix)
         if more is not None:
+            if more.shape[-1] != output.shape[-1]:
+                raise errors.ShapeError(
+                    f"{position} adds vectors of width {more.shape[-1]} to what the heads put out, "
+                    f"which has width {output.shape[-1]}; its values must be that wide."
+                )
             output = output + more
         return output.transpose(-3, -2).flatten(-2), matrix
 

@@ -100,12 +100,13 @@ make it longer, Learned(129, 16), and train that, or use an encoding without a l
         errors.check_integers("Learned's positions", positions)
         if positions.numel():
             low, high = int(positions.min()), int(positions.max())
-            if low < 0 or high >= self.max_length:
+            has = f"Learned has vectors for positions 0 to {self.max_length - 1}, but was asked for"
+            if low < 0:
+                raise errors.ShapeError(f"{has} {low}; the first position is 0.")
+            if high >= self.max_length:
                 raise errors.ShapeError(
-                    f"Learned has vectors for positions 0 to {self.max_length - 1}, but was asked "
-                    f"for {low if low < 0 else high}; make it longer, Learned({high + 1}, "
-                    f"{self.d_model}), and train that, or use an encoding without a last position "
-                    "(Sinusoidal, Rotary, Alibi)."
+                    f"{has} {high}; make it longer, Learned({high + 1}, {self.d_model}), and train "
+                    "that, or use an encoding without a last position (Sinusoidal, Rotary, Alibi)."
                 )
         return self.weight[positions]
 

@@ -57,13 +57,15 @@ class Position(Part):
         return None
 
     def band(self, query: Tensor, i: Tensor) -> Band | None:
-        """The bias of `on_score` by clipped offset, if it is one: what the kernels read."""
+        """The bias of `on_score` by clipped offset, if it is one: numbers that a form may read."""
         return None
 
     def channels(
         self, query: Tensor, key: Tensor, i: Tensor, j: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """The bias of `on_score` as a dot product of further channels, if it is one.
+
+        An identity that a form may use where scores are dot products.
 
         [*batch, heads, n, c] of the queries and [*batch, key heads or 1, m, c] of the keys.
         """

@@ -27,7 +27,7 @@ class Fire(Position):
     hidden, hidden_bias: [k]; output: [heads, k]; output_bias: [heads] (the network 1 - k - heads)
     c, threshold: tensors without axes
     Cost: about 2 k flops per pair and head; a tile holds k numbers per pair, the matrix never does.
-    Li et al. 2024, arXiv:2310.04418 (log transform and threshold as in section 3).
+    Li et al. 2024, arXiv:2310.04418.
     Raises ShapeError where the network's tensors do not fit together, or not the heads.
 
     >>> Fire.of(8)
