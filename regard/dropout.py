@@ -11,8 +11,9 @@ from regard import errors
 from regard.part import Part
 
 
-def _draw_seed() -> int:
-    return int(torch.randint(2**62, ()).item())
+def _draw_seed() -> int | Tensor:
+    seed = torch.randint(2**62, ())
+    return seed if torch.compiler.is_compiling() else int(seed.item())
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,13 +35,15 @@ class Dropout(Part):
     """
 
     probability: float
-    seed: int = field(default_factory=_draw_seed)
+    seed: int | Tensor = field(default_factory=_draw_seed)
 
     def __post_init__(self) -> None:
         errors.check_number("a dropout probability", self.probability)
-        errors.check_number("a dropout seed", self.seed, whole=True)
         if not 0 <= self.probability < 1:
             raise ValueError(f"a dropout probability is in [0, 1), not {self.probability}.")
+        if isinstance(self.seed, Tensor):  # drawn where a graph is made, and read where it runs
+            return
+        errors.check_number("a dropout seed", self.seed, whole=True)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"a seed is an integer in [0, 2**63), not {self.seed}.")
 

@@ -77,7 +77,8 @@ def check_number(
     Traceback (most recent call last):
     regard.errors.DtypeError: topk's k must be a whole number, not 2.5.
     """
-    kind = Integral if whole else Real  # of any library, such as numpy's
+    # Of any library, such as numpy's, and lengths that torch.export has not fixed.
+    kind = (Integral, torch.SymInt) if whole else (Real, torch.SymInt, torch.SymFloat)
     if isinstance(number, bool) or not isinstance(number, kind):
         wanted = "a whole number" if whole else "a number"
         raise DtypeError(f"{name} must be {wanted}, not {number!r}.")
@@ -144,7 +145,7 @@ def check_integers(what: str, tensor: object) -> None:
 
 def check_length(what: str, tensor: Tensor, length: int, of: str) -> None:
     """Raise unless the last axis of a tensor about tokens is as long as the rows or keys."""
-    if tensor.shape[-1:] != (length,):
+    if not tensor.dim() or tensor.shape[-1] != length:
         raise ShapeError(
             f"{what} has shape {show(tensor.shape)}, but the matrix has {length} {of}; its last "
             f"axis must be {length}."
@@ -240,7 +241,7 @@ def check_factor(name: str, shape: Sequence[int], x: Tensor, key_heads: int) -> 
             f"but it has shape {show(x.shape)}."
         )
     heads, total = heads_of(x), shape[-3] if len(shape) > 2 else 1
-    if total != 1 and heads not in (1, key_heads, total):
+    if total != 1 and not any(heads == fit for fit in (1, key_heads, total)):
         wanted = sorted({1, key_heads, total})
         raise ShapeError(
             f"{name} has {heads} heads (axis -3 of {show(x.shape)}), but the matrix has {total}; "
@@ -267,7 +268,9 @@ def fits(given: Sequence[int], wanted: Sequence[int]) -> bool:
     (True, False)
     """
     missing = len(wanted) - len(given)
-    return missing >= 0 and all(g in (1, w) for g, w in zip(given, wanted[missing:], strict=True))
+    # In `g in (1, w)` torch.compile takes a length that it does not know for another number.
+    pairs = zip(given, wanted[missing:], strict=True)
+    return missing >= 0 and all(g == 1 or g == w for g, w in pairs)  # noqa: PLR1714
 
 
 def check_fits(what: object, given: Sequence[int], batch: Sequence[int]) -> None:

@@ -172,7 +172,10 @@ class Padding(Mask):
         """
         errors.check_integers("lengths", lengths)
         errors.check_number("Padding.of_lengths' columns", columns, whole=True, least=0)
-        if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= columns:
+        if torch.compiler.is_compiling():  # a graph checks where it runs
+            fits = ((lengths >= 0) & (lengths <= columns)).all()
+            torch._assert_async(fits, f"sequences padded to {columns} keys have 0 to {columns}.")
+        elif lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= columns:
             raise errors.ShapeError(
                 f"lengths are between {int(lengths.min())} and {int(lengths.max())}, but sequences "
                 f"padded to {columns} keys have 0 to {columns} real ones."
@@ -274,8 +277,7 @@ class Dense(Mask):
         return tuple(self.keep.shape[:-2])
 
     def check(self, rows: int, columns: int) -> None:
-        given = self.keep.shape[-2:]
-        if any(g not in (1, w) for g, w in zip(given, (rows, columns), strict=True)):
+        if not errors.fits(self.keep.shape[-2:], (rows, columns)):
             raise errors.ShapeError(
                 f"Dense mask has shape {errors.show(self.keep.shape)}, but the matrix has {rows} "
                 f"rows and {columns} columns; its last two axes must be these, or 1."

@@ -15,7 +15,7 @@ from regard.custom import Custom, PairFunction
 from regard.dropout import Dropout
 from regard.mask import Compiled, Dense, Mask, compile_mask
 from regard.normalizer import Normalizer, Softmax
-from regard.opaque import opaque
+from regard.opaque import Factor, opaque, opaque_unless
 from regard.part import Index
 from regard.position.base import Position
 from regard.rule import Rule
@@ -31,7 +31,12 @@ DENSE_LIMIT = 2**26
 """Numbers that may be stored without being told to: 256 MiB in float32."""
 
 
-@opaque
+def _followed(*_: Tensor, score: Score | PairFunction = Dot(), **parts: Any) -> Any:
+    """What a graph can follow: the checks of every part but of a function of a tile."""
+    return attention.__wrapped__ if isinstance(score, Score) else None  # type: ignore[attr-defined]
+
+
+@opaque_unless(_followed)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -98,9 +103,16 @@ def attention(
     return matrix
 
 
+def _product_in_graph(matrix: Attention, value: Tensor, *, form: str | None = None) -> Any:
+    """The operator of a graph that does what `matmul` does, or None."""
+    from regard.form import in_graph
+
+    return in_graph.product if in_graph.applies(matrix, form) else None
+
+
 # Not frozen: torch.compile rebuilds frozen dataclasses from placeholders, which parts refuse.
 @dataclass(eq=False, repr=False)
-class Attention:
+class Attention(Factor):
     """A lazy attention matrix, made by `regard.attention`; rows are queries, columns are keys.
 
     Operations cost O(n d) memory unless they return more. Products, rows, columns, blocks,
@@ -171,7 +183,7 @@ class Attention:
         """output_i = sum_j weight_ij value_j, in the cheapest exact form."""
         return self.matmul(value)
 
-    @opaque
+    @opaque_unless(_product_in_graph)
     def matmul(self, value: Tensor, *, form: str | None = None) -> Tensor:
         """output_i = sum_j weight_ij value_j: [*batch, key heads, m, e] -> [*batch, heads, n, e].
 
@@ -186,10 +198,14 @@ class Attention:
 
         if form is None and forms.is_plain(self, value):
             return forms.product_plain(self, value)
+        self.check_value(value)
+        return forms.product(self, value, form)
+
+    def check_value(self, value: Tensor) -> None:
+        """Raise where a value does not fit the matrix."""
         errors.check_tensor("value", value)
         errors.check_pair("value", value, "query", self.query)
         errors.check_factor("value", self.shape, value, errors.heads_of(self.key))
-        return forms.product(self, value, form)
 
     @opaque
     def __getitem__(self, index: Any) -> Tensor | Attention:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def opaque(function: Callable[P, R]) -> Callable[P, R]:
+def opaque(
+    function: Callable[P, R], instead: Callable[..., Callable[..., R] | None] | None = None
+) -> Callable[P, R]:
     """Keep torch.compile out of a function and of all that it calls.
 
     `torch.compiler.disable` does that, but applying it at import would load the compiler, which
     takes as long as loading torch; so it is applied on the first call that is being compiled.
+    instead: of the same arguments, says what a graph takes in the function's place, or None
 
     >>> opaque(abs)(-2)
     2
@@ -25,8 +30,51 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
+            followed = None if instead is None else instead(*args, **kwargs)
+            if followed is not None:
+                return followed(*args, **kwargs)
+            torch._dynamo.graph_break(
+                msg=f"regard runs {function.__name__!r} of these arguments outside of graphs; "
+                "fullgraph=True forbids that."
+            )
             apart: Callable[P, R] = torch.compiler.disable(function)
             return apart(*args, **kwargs)
         return function(*args, **kwargs)
 
+    # torch.compile counts how often it has compiled a code, and here one stands for many functions.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return call
+
+
+def opaque_unless(
+    instead: Callable[..., Callable[..., Any] | None],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`opaque`, unless there is something for a graph to take in the function's place.
+
+    >>> opaque_unless(lambda number: abs)(abs)(-2)
+    2
+    """
+    return lambda function: opaque(function, instead)
+
+
+class Factor:
+    """A left factor of tensors for which torch.compile follows `A @ x`."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Python sends `A @ x` to A; torch.compile sends it here, with the factors exchanged.
+
+        Everything else is refused, as is x @ A where nothing is compiled.
+        """
+        if torch.compiler.is_compiling():
+            if function is operator.matmul and isinstance(args[0], cls):  # in torch.export
+                return args[0].matmul(args[1])  # type: ignore[attr-defined]
+            if function in (Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], cls):
+                return args[1].matmul(args[0])  # type: ignore[attr-defined]
+        return NotImplemented

@@ -26,8 +26,9 @@ class Rule(Part):
     def of(score: Score, position: Position | None, normalizer: Normalizer) -> Rule:
         """The rule of some parts; one for all matrices of parts that hold no tensors."""
         parts = (score, position, normalizer)
-        if any(part is not None and part.tensors() for part in parts):
-            return Rule(*parts)  # a rule that is kept would keep them alive
+        holds = any(part is not None and part.tensors() for part in parts)
+        if holds or torch.compiler.is_compiling():  # a rule that is kept would keep them alive
+            return Rule(*parts)
         return _shared(*parts)
 
     @cached_property

@@ -55,12 +55,16 @@ def product(matrix: Attention, value: Tensor, name: str | None) -> Tensor:
     """The matrix times value, in the form named or chosen."""
     module = FORMS[choose(matrix, name)]
     output: Tensor
-    if (
-        matrix.runs is None
-        or shields_itself(module, matrix, value)
-        or _finite(matrix.query, matrix.key, value)
-    ):
+    if matrix.runs is None or shields_itself(module, matrix, value):
         output = module.product(matrix, value)
+        return output
+    return shielded_product(module, matrix, value)
+
+
+def shielded_product(module: ModuleType, matrix: Attention, value: Tensor) -> Tensor:
+    """The matrix times value, where NaN and infinity reach the rows that see them and no others."""
+    if all_finite(matrix, value):
+        output: Tensor = module.product(matrix, value)
         return output
     bad = _bad(value)
     matrix, poisoned = shield(matrix, bad)
@@ -75,7 +79,7 @@ def product_transposed(matrix: Attention, x: Tensor, name: str | None) -> Tensor
     """The transpose of the matrix times x, in the form named or chosen."""
     module = FORMS[choose(matrix, name)]
     runs = matrix.runs
-    if runs is not None and not _finite(matrix.query, matrix.key, x):
+    if runs is not None and not all_finite(matrix, x):
         matrix, poisoned = shield(matrix, torch.zeros((), dtype=torch.bool, device=x.device))
         bad = _bad(x) if poisoned is None else _bad(x) | poisoned
         if bool(bad.any()):
@@ -116,9 +120,15 @@ def shields_itself(module: ModuleType, matrix: Attention, value: Tensor) -> bool
     return module is fused and not fused.wants_gradient(matrix, value)
 
 
-def _finite(*tensors: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; sums of finite numbers may overflow and say False."""
-    return all(math.isfinite(tensor.detach().sum(dtype=_wide(tensor))) for tensor in tensors)
+def all_finite(matrix: Attention, x: Tensor) -> bool:
+    """Whether there is nothing to shield: no mask, or no NaN and no infinity.
+
+    Sums of finite numbers may overflow and say False.
+    """
+    if matrix.runs is None:
+        return True
+    vectors = (matrix.query, matrix.key, x)
+    return all(math.isfinite(tensor.detach().sum(dtype=_wide(tensor))) for tensor in vectors)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BATCH_AXES = 6
+KERNELS = extension.load()  # here and not on each call: torch.compile cannot follow an import
 
 
 def needs(matrix: Attention) -> str | None:
@@ -41,7 +42,7 @@ def _needs_tensors(matrix: Attention) -> str | None:
         return f"has at most {BATCH_AXES} batch and head axes; these are {len(matrix.shape) - 2}."
     if torch._C._are_functorch_transforms_active():
         return "does not run inside torch.func transforms."
-    return f"does not run: {extension.missing()}" if extension.load() is None else None
+    return f"does not run: {extension.missing()}" if KERNELS is None else None
 
 
 def kernel(matrix: Attention) -> tuple[str, int, int]:
@@ -55,11 +56,7 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
 
 def product(matrix: Attention, value: Tensor) -> Tensor:
     """The matrix times value, differentiable once."""
-    few = folded.fold(matrix, value)
-    if few is not None:
-        return folded.unfold(product(few, value), matrix.shape[-3])
-    flat, extra, sizes = folded.side_by_side(value, tuple(matrix.shape[:-2]))
-    return folded.apart(_apply(matrix, flat)[0], extra, sizes)
+    return with_rows(matrix, value)[0]
 
 
 def is_plain(matrix: Attention, value: object) -> bool:
@@ -84,7 +81,7 @@ def is_plain(matrix: Attention, value: object) -> bool:
         and not wants_gradient(matrix, value)
         and query.dim() - 2 <= BATCH_AXES
         and not torch._C._are_functorch_transforms_active()
-        and extension.load() is not None
+        and KERNELS is not None
     )
 
 
@@ -97,8 +94,24 @@ def product_plain(matrix: Attention, value: Tensor) -> Tensor:
 
 def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
     """The transpose of the matrix times x, differentiable once."""
+    return with_rows(matrix, x, transposed=True)[0]
+
+
+def with_rows(
+    matrix: Attention, x: Tensor, *, transposed: bool = False, known: Row | None = None
+) -> tuple[Tensor, Row]:
+    """A x or A^T x, and the rows of A, [*batch, n], which may have the axes of a folded matrix.
+
+    known: those rows, if the product is needed for its gradients only and not for its numbers
+    """
+    few = None if transposed else folded.fold(matrix, x)
+    if few is not None:
+        known = known and Row(*(numbers.reshape(few.shape[:-1]) for numbers in known))
+        output, row = with_rows(few, x, known=known)
+        return folded.unfold(output, matrix.shape[-3]), row
     flat, extra, sizes = folded.side_by_side(x, tuple(matrix.shape[:-2]))
-    return folded.apart(_apply(matrix, flat, transposed=True)[0], extra, sizes)
+    output, row = _apply(matrix, flat, transposed=transposed, known=known)
+    return folded.apart(output, extra, sizes), row
 
 
 def rows(matrix: Attention) -> Row:
@@ -149,7 +162,9 @@ def _known_rows(matrix: Attention) -> Row:
     return known
 
 
-def _apply(matrix: Attention, x: Tensor, *, transposed: bool = False) -> tuple[Tensor, Row]:
+def _apply(
+    matrix: Attention, x: Tensor, *, transposed: bool = False, known: Row | None = None
+) -> tuple[Tensor, Row]:
     kind, tensors = operands.tensors(matrix)
     arguments = (
         *tensors[:2],
@@ -161,7 +176,7 @@ def _apply(matrix: Attention, x: Tensor, *, transposed: bool = False) -> tuple[T
     learned = (*tensors, x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
         run: Any = _Product.apply  # torch leaves its type out
-        output, peak, total = run(transposed, *arguments)
+        output, peak, total = run(known, transposed, *arguments)
     else:
         output, peak, total = _forward(transposed, *arguments)
     return output, Row(peak, total)
@@ -185,12 +200,19 @@ class _Product(FirstOrder):
     """
 
     @staticmethod
-    def forward(transposed: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(transposed, *arguments)
+    def forward(
+        known: Row | None, transposed: bool, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if known is None:
+            return _forward(transposed, *arguments)
+        query, key, x, batch = *arguments[:3], arguments[11]
+        length = (key if transposed else query).shape[-2]
+        output = x.new_empty((*batch, length, x.shape[-1]))  # nobody reads it
+        return output, known.peak.detach(), known.total.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.transposed, *arguments = inputs
+        _, ctx.transposed, *arguments = inputs
         _, peak, total = output
         ctx.save_for_backward(peak, total, *arguments[:11])
         ctx.numbers = arguments[11:]
@@ -208,7 +230,7 @@ class _Product(FirstOrder):
             length = key.shape[-2] if ctx.transposed else query.shape[-2]
             doutput = x.new_zeros(*batch, length, x.shape[-1])
         left, right = (x, doutput) if ctx.transposed else (doutput, x)
-        wanted = list(ctx.needs_input_grad[1:8])
+        wanted = list(ctx.needs_input_grad[2:9])
         wants_x, wants_sink = wanted[2], wanted[6]
         wanted = [*wanted[:2], wants_x and not ctx.transposed, *wanted[3:6]]
         with torch.no_grad():
@@ -231,11 +253,11 @@ class _Product(FirstOrder):
             homes = [
                 _shaped(gradient, tensor, len(batch)) if needed and gradient is not None else None
                 for gradient, tensor, needed in zip(
-                    (*found, sink), inputs, ctx.needs_input_grad[1:8], strict=True
+                    (*found, sink), inputs, ctx.needs_input_grad[2:9], strict=True
                 )
             ]
         depends_on = [t for t in (doutput, *inputs) if t is not None]
-        return None, *once(homes, *depends_on), *[None] * (4 + len(ctx.numbers))
+        return None, None, *once(homes, *depends_on), *[None] * (4 + len(ctx.numbers))
 
 
 _ONLY_VALUE = [False, False, True, False, False, False]

@@ -141,7 +141,7 @@ def numbers(matrix: Attention, kind: int) -> cpu.Numbers:
         score=kind,
         norm=NORMALIZERS[type(normalizer)],
         mean=isinstance(normalizer, Relu) and normalizer.mean,
-        seed=0 if dropout is None else dropout.seed,
+        seed=0 if dropout is None else int(dropout.seed),
         threshold=0 if dropout is None else dropout.threshold,
         scale=scale,
         softcap=softcap,

@@ -174,11 +174,8 @@ class Tiles:
         return output, row
 
     def output_batch(self, value: Tensor) -> tuple[int, ...]:
-        """The batch and head axes of the matrix times value: value heads are shared by groups."""
-        axes = list(value.shape[:-2])
-        if axes and self.batch:
-            axes[-1] = max(axes[-1], self.batch[-1])
-        return tuple(torch.broadcast_shapes(axes, self.batch))
+        """The batch and head axes of the matrix times value."""
+        return output_batch(self.batch, value)
 
 
 @dataclass(frozen=True)
@@ -189,6 +186,14 @@ class Tile:
     span: Span
     logits: Tensor
     weights: Tensor
+
+
+def output_batch(batch: Sequence[int], value: Tensor) -> tuple[int, ...]:
+    """The batch and head axes of a product: value heads are shared by groups."""
+    axes = list(value.shape[:-2])
+    if axes and batch:
+        axes[-1] = max(axes[-1], batch[-1])
+    return tuple(torch.broadcast_shapes(axes, batch))
 
 
 def part_of(row: Row, rows: slice) -> Row:

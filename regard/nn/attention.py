@@ -15,10 +15,15 @@ from regard.mask import Mask
 from regard.matrix import Attention, attention
 from regard.nn.learnable import Learnable
 from regard.normalizer import Normalizer, Softmax
-from regard.opaque import opaque
+from regard.opaque import opaque_unless
 from regard.part import Part
 from regard.position import Position
 from regard.score import Dot, Score
+
+
+def _followed(layer: _Heads, *_: Any) -> Any:
+    """What a graph can follow: every score but a function of a tile."""
+    return _Heads._attend.__wrapped__ if isinstance(layer.score, Learnable) else None  # type: ignore[attr-defined]
 
 
 class _Heads(nn.Module):
@@ -46,7 +51,7 @@ class _Heads(nn.Module):
         self.position = _held(position)
         self.normalizer = _held(normalizer)
 
-    @opaque
+    @opaque_unless(_followed)
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None
     ) -> tuple[Tensor, Attention]:

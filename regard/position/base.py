@@ -192,7 +192,7 @@ class Bias(Position):
 
     def check(self, query: Tensor, key: Tensor) -> None:
         given, (rows, columns) = self.bias.shape[-2:], (query.shape[-2], key.shape[-2])
-        if any(g not in (1, w) for g, w in zip(given, (rows, columns), strict=True)):
+        if not errors.fits(given, (rows, columns)):
             raise errors.ShapeError(
                 f"Bias has shape {errors.show(self.bias.shape)}, but the matrix has {rows} rows "
                 f"and {columns} columns; its last two axes must be {(rows, columns)} or 1."
