@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from regard import (
+    T5,
     Additive,
     Alibi,
     Bias,
@@ -29,6 +30,7 @@ from regard import (
     PositionOnly,
     Prefix,
     Relu,
+    Rotary,
     ShapeError,
     Sigmoid,
     Softmax,
@@ -89,7 +91,7 @@ GROUPS = {
     "positions and normalizers": [
         {"position": Alibi(normal(HEADS))},
         {"position": Bias(normal(HEADS, LENGTH, LENGTH))},
-        {"position": Alibi(normal(HEADS)) + Bias(normal(LENGTH, LENGTH))},
+        {"position": Rotary.of(WIDTH) + T5(normal(HEADS, 32)) + Bias(normal(LENGTH, LENGTH))},
         {"normalizer": Softmax(sink=normal(HEADS))},
         {"normalizer": Sigmoid(bias=-2.0)},
         {"normalizer": Relu(mean=True)},
