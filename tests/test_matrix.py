@@ -213,7 +213,7 @@ def test_parts_and_matrices_can_be_copied_and_sent():
 
 
 def test_compiled_functions_give_the_same_numbers():
-    """torch.compile breaks its graph at the matrix and runs it as it is."""
+    """Products in graphs, which break wherever the matrix is looked at."""
 
     def look(x, value):
         A = attention(2 * x, x, mask=Causal(), position=Alibi.of(4), normalizer=Softmax(0.0))

@@ -175,7 +175,7 @@ def test_detach_keeps_the_numbers_and_drops_the_graph():
 
 
 def test_a_compiled_layer_gives_the_same_numbers():
-    """torch.compile breaks its graph at the matrix, and must not look inside."""
+    """A product in a graph, then looking at its matrix outside."""
     layer = SelfAttention(8, 2, score=Additive.of(2, 4), position=Alibi.of(2)).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     results = []
