@@ -229,6 +229,13 @@ def broadcast_batch(query: Tensor, key: Tensor) -> tuple[int, ...]:
     return (*batch, max(heads, key_heads))
 
 
+def check_product(name: str, shape: Sequence[int], x: Tensor, query: Tensor, heads: int) -> None:
+    """Raise unless a matrix of `shape` with this query can be multiplied with x, see below."""
+    check_tensor(name, x)
+    check_pair(name, x, "query", query)
+    check_factor(name, shape, x, heads)
+
+
 def check_factor(name: str, shape: Sequence[int], x: Tensor, key_heads: int) -> None:
     """Raise unless a matrix of `shape` can be multiplied with x [*batch, key_heads, length, any].
 

@@ -15,7 +15,7 @@ from regard.custom import Custom, PairFunction
 from regard.dropout import Dropout
 from regard.mask import Compiled, Dense, Mask, compile_mask
 from regard.normalizer import Normalizer, Softmax
-from regard.opaque import Factor, opaque, opaque_unless
+from regard.opaque import Factor, opaque, opaque_unless, product_in_graph
 from regard.part import Index
 from regard.position.base import Position
 from regard.rule import Rule
@@ -103,13 +103,6 @@ def attention(
     return matrix
 
 
-def _product_in_graph(matrix: Attention, value: Tensor, *, form: str | None = None) -> Any:
-    """The operator of a graph that does what `matmul` does, or None."""
-    from regard.form import in_graph
-
-    return in_graph.product if in_graph.applies(matrix, form) else None
-
-
 # Not frozen: torch.compile rebuilds frozen dataclasses from placeholders, which parts refuse.
 @dataclass(eq=False, repr=False)
 class Attention(Factor):
@@ -183,7 +176,7 @@ class Attention(Factor):
         """output_i = sum_j weight_ij value_j, in the cheapest exact form."""
         return self.matmul(value)
 
-    @opaque_unless(_product_in_graph)
+    @opaque_unless(product_in_graph)
     def matmul(self, value: Tensor, *, form: str | None = None) -> Tensor:
         """output_i = sum_j weight_ij value_j: [*batch, key heads, m, e] -> [*batch, heads, n, e].
 
@@ -198,14 +191,8 @@ class Attention(Factor):
 
         if form is None and forms.is_plain(self, value):
             return forms.product_plain(self, value)
-        self.check_value(value)
+        errors.check_product("value", self.shape, value, self.query, errors.heads_of(self.key))
         return forms.product(self, value, form)
-
-    def check_value(self, value: Tensor) -> None:
-        """Raise where a value does not fit the matrix."""
-        errors.check_tensor("value", value)
-        errors.check_pair("value", value, "query", self.query)
-        errors.check_factor("value", self.shape, value, errors.heads_of(self.key))
 
     @opaque
     def __getitem__(self, index: Any) -> Tensor | Attention:

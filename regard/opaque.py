@@ -57,6 +57,13 @@ def opaque_unless(
     return lambda function: opaque(function, instead)
 
 
+def product_in_graph(factor: Factor, x: Tensor, *, form: str | None = None) -> Any:
+    """The operator of a graph that does what `factor.matmul` does, or None."""
+    from regard.form import in_graph
+
+    return in_graph.instead(factor, form)
+
+
 class Factor:
     """A left factor of tensors for which torch.compile follows `A @ x`."""
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from regard import errors
-from regard.opaque import Factor, opaque_unless
+from regard.opaque import Factor, opaque_unless, product_in_graph
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
-
-
-def _product_in_graph(transposed: Transposed, x: Tensor, *, form: str | None = None) -> Any:
-    """The operator of a graph that does what `matmul` does, or None."""
-    from regard.form import in_graph
-
-    applies = in_graph.applies(transposed.matrix, form)
-    return in_graph.product_transposed if applies else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,7 +36,7 @@ class Transposed(Factor):
         """y_j = sum_i weight_ij x_i, differentiable."""
         return self.matmul(x)
 
-    @opaque_unless(_product_in_graph)
+    @opaque_unless(product_in_graph)
     def matmul(self, x: Tensor, *, form: str | None = None) -> Tensor:
         """y_j = sum_i weight_ij x_i: [*batch, heads, n, e] -> [*batch, heads, m, e].
 
@@ -57,14 +49,8 @@ class Transposed(Factor):
         """
         from regard import form as forms
 
-        self.check_factor(x)
+        errors.check_product("x", self.shape, x, self.matrix.query, 1)
         return forms.product_transposed(self.matrix, x, form)
-
-    def check_factor(self, x: Tensor) -> None:
-        """Raise where x does not fit the transpose."""
-        errors.check_tensor("x", x)
-        errors.check_pair("x", x, "query", self.matrix.query)
-        errors.check_factor("x", self.shape, x, 1)
 
     def dense(self, *, limit: int | None = None) -> Tensor:
         """All weights, transposed; see `Attention.dense`."""

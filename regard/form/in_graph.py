@@ -11,7 +11,7 @@ tanh, the NaNs that a mask hides. Lengths may differ from call to call: no word 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,11 +24,12 @@ from regard.form import first_order, fused
 from regard.form.tiles import compute_dtype, output_batch
 from regard.kernel import cpu
 from regard.normalizer import Row
+from regard.opaque import Factor
 from regard.part import Part
+from regard.transposed import Transposed
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
-    from regard.transposed import Transposed
 
 
 def _kinds(base: type[Part]) -> Iterator[type[Part]]:
@@ -73,11 +74,14 @@ class Words(NamedTuple):
             self.whole.append(item)
 
 
-def applies(matrix: Attention, form: str | None) -> bool:
-    """Whether `fused` is the form, and a graph has words for the parts."""
+def instead(factor: Factor, form: str | None) -> Callable[..., Tensor] | None:
+    """The product of a graph; None if form `fused` does not run, or has parts without words."""
+    matrix: Any = factor.matrix if isinstance(factor, Transposed) else factor
     if form not in (None, "fused") or fused.KERNELS is None or fused.needs(matrix) is not None:
-        return False
-    return all(map(_has_words, (matrix.rule, matrix.mask, matrix.dropout)))
+        return None
+    if not all(map(_has_words, (matrix.rule, matrix.mask, matrix.dropout))):
+        return None
+    return product if matrix is factor else product_transposed
 
 
 def _has_words(item: Any) -> bool:
@@ -93,14 +97,14 @@ _FIELDS = (Tensor, bool, str, int, float, torch.SymInt, torch.SymFloat)
 
 
 def product(matrix: Attention, value: Tensor, *, form: str | None = None) -> Tensor:
-    """The matrix times value, as an operator; legal where it `applies`."""
-    matrix.check_value(value)
+    """The matrix times value, as an operator."""
+    errors.check_product("value", matrix.shape, value, matrix.query, errors.heads_of(matrix.key))
     return _operator(matrix, value, transposed=False)
 
 
 def product_transposed(transposed: Transposed, x: Tensor, *, form: str | None = None) -> Tensor:
-    """The transpose of the matrix times x, as an operator; legal where it `applies`."""
-    transposed.check_factor(x)
+    """The transpose of the matrix times x, as an operator."""
+    errors.check_product("x", transposed.shape, x, transposed.matrix.query, 1)
     return _operator(transposed.matrix, x, transposed=True)
 
 
