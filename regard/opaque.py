@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -37,9 +38,14 @@ def opaque(
                 msg=f"regard runs {function.__name__!r} of these arguments outside of graphs; "
                 "fullgraph=True forbids that."
             )
-            apart: Callable[P, R] = torch.compiler.disable(function)
-            return apart(*args, **kwargs)
-        return function(*args, **kwargs)
+        # torch.compile gives up on some functions and runs them, but compiles what they call.
+        elif (
+            "torch._dynamo" not in sys.modules
+            or not torch._C._dynamo.eval_frame.get_eval_frame_callback()
+        ):
+            return function(*args, **kwargs)
+        apart: Callable[P, R] = torch.compiler.disable(function)
+        return apart(*args, **kwargs)
 
     # torch.compile counts how often it has compiled a code, and here one stands for many functions.
     call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]

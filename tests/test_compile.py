@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
-from torch import nn
 
 from regard import (
     T5,
@@ -39,7 +35,6 @@ from regard import (
 )
 from regard.kernel import extension
 from regard.mask import Mask
-from regard.nn import MultiHeadAttention, SelfAttention
 
 if extension.load() is None:  # the header of the run says so
     pytest.skip(extension.missing(), allow_module_level=True)
@@ -251,75 +246,6 @@ def test_inductor():
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-class Layer(nn.Module):
-    """A layer that returns its output alone, as graphs that are exported must."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x, real=None):
-        mask = Causal() if real is None else Causal() & Padding(real)
-        return self.layer(x, mask=mask)[0]
-
-
-LAYERS = {
-    "grouped": lambda: SelfAttention(16, 4, num_kv_heads=2),
-    "multihead": lambda: MultiHeadAttention(16, 4, batch_first=True),
-    "parts": lambda: SelfAttention(
-        16, 4, score=Additive.of(4, 4), position=Alibi.of(4),
-        normalizer=Softmax(sink=torch.zeros(4).requires_grad_()),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["multihead", "parts"])
-def test_layers_in_one_graph(name):
-    layer = LAYERS[name]()
-    compare(lambda x: layer(x, mask=Causal())[0], [normal(2, 5, 16)], [*layer.parameters()])
-    x = torch.randn(2, 5, 16)
-    output, A = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, mask=Causal())
-    assert torch.equal(A.entropy(), layer(x, mask=Causal())[1].entropy())
-    assert torch.equal(layer(x, mask=Causal())[0], output)
-
-
-@pytest.mark.parametrize(("name", "strict"), [("grouped", False), ("parts", True)])
-def test_exported_layers_give_the_same_numbers(name, strict):
-    layer, x = Layer(LAYERS[name]()), torch.randn(2, 10, 16)
-    real = torch.arange(10) < torch.tensor([[10], [6]])
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2)}
-    program = torch.export.export(layer, (x, real), dynamic_shapes=(axes, axes), strict=strict)
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    exported = torch.export.load(file).module()
-    for n in (10, 17):
-        x, real = torch.randn(3, n, 16), torch.rand(3, n) < 0.7
-        wanted, found = layer(x, real), exported(x, real)
-        assert torch.equal(wanted, found)
-        parameters = dict(exported.named_parameters())
-        for (path, _), gradient, other in zip(
-            layer.named_parameters(),
-            torch.autograd.grad(wanted.sum(), list(layer.parameters())),
-            torch.autograd.grad(found.sum(), [parameters[p] for p, _ in layer.named_parameters()]),
-            strict=True,
-        ):
-            assert torch.equal(gradient, other), path
-
-
-def test_an_exported_layer_loads_in_another_process(tmp_path):
-    layer, x = Layer(SelfAttention(16, 4)), torch.randn(1, 6, 16)
-    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
-    torch.save((x, layer(x).detach()), tmp_path / "numbers.pt")
-    code = f"""
-import torch, regard.form.in_graph
-x, wanted = torch.load({str(tmp_path / "numbers.pt")!r})
-layer = torch.export.load({str(tmp_path / "layer.pt2")!r}).module()
-assert torch.allclose(layer(x), wanted)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
-
-
 @dataclass(frozen=True, repr=False)
 class Own(Mask):
     """A user's own mask, for which a graph has no words."""
@@ -355,6 +281,24 @@ def test_what_a_graph_cannot_hold_runs_outside_and_fullgraph_says_so(name):
         torch.compile(function, backend="aot_eager", fullgraph=True)(x)
 
 
+def test_what_runs_outside_is_not_traced_from_inside():
+    """After torch.compile gave up on a function, and in the backward pass of a compiled step."""
+    x = torch.randn(2, 6, 3)
+    with pytest.raises(ShapeError):
+        torch.compile(lambda x: attention(x, x) @ x[:, :3], backend="aot_eager")(x)
+
+    def step(x):
+        A = attention(x, x, mask=Own(1))
+        output = A @ x
+        output.square().sum().backward()
+        return output, A.entropy(), x.grad
+
+    results = []
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        results.append(run(x.clone().requires_grad_()))
+    same(*results)
+
+
 def test_errors_are_those_without_a_graph():
     x = torch.randn(2, 6, 3)
     with pytest.raises(ShapeError, match="compares vectors of one width"):
@@ -381,6 +325,7 @@ def test_a_matrix_is_a_left_factor_only():
 
 
 def test_the_operator_keeps_torchs_rules():
+    import_module("regard.form.in_graph")
     query, key, value = operands()
     slopes, words = normal(HEADS), "Rule Dot None real Alibi tensor whole Softmax None Causal whole"
     numbers = ([1, 0], [2.0], False, True)

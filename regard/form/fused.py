@@ -19,6 +19,7 @@ from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiles import compute_dtype
 from regard.kernel import cpu, extension
 from regard.normalizer import Row, Softmax
+from regard.opaque import opaque
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -221,6 +222,7 @@ class _Product(FirstOrder):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
         peak, total, query, key, x, *tensors = ctx.saved_tensors
         doutput, _, dtotal = from_above

@@ -22,6 +22,7 @@ from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiled_grad import Backward
 from regard.form.tiles import Tiles, compute_dtype
 from regard.normalizer import Row, Softmax
+from regard.opaque import opaque
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -106,6 +107,7 @@ class _Product(FirstOrder):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
         peak, total, query, key, x, *tensors = ctx.saved_tensors
         doutput, _, dtotal = from_above
