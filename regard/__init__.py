@@ -5,6 +5,7 @@ made of a score, a position part, a mask and a normalizer. `A @ value` is the ou
 `A.topk(8)`, `A.entropy()`, `A.pool(256)` look at it. Nothing of size n x n is ever stored.
 """
 
+from regard import convert, nn  # noqa: F401, `regard.nn` needs no import of its own
 from regard.dropout import Dropout
 from regard.errors import (
     DeviceError,
@@ -20,6 +21,7 @@ from regard.matrix import Attention, attention
 from regard.normalizer import Identity, Normalizer, Relu, RowSum, Sigmoid, Softmax
 from regard.position import T5, Alibi, Bias, Position, Rotary
 from regard.score import Additive, Bilinear, Cosine, Distance, Dot, PositionOnly, Score
+from regard.sdpa import scaled_dot_product_attention, sdpa_kernel
 
 __all__ = [
     "T5",
@@ -57,6 +59,8 @@ __all__ = [
     "Window",
     "attention",
     "look",
+    "scaled_dot_product_attention",
+    "sdpa_kernel",
 ]
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Layers: torch's weights and results, and any part."""
+"""Self-attention as a layer, with any part; what torch's layer has too is in test_multihead.py."""
 
 from __future__ import annotations
 
@@ -12,93 +12,12 @@ from regard import (
     Attention,
     Bias,
     Causal,
-    DtypeError,
-    Padding,
     ShapeError,
     Softmax,
 )
-from regard.nn import MultiHeadAttention, SelfAttention
+from regard.nn import SelfAttention
 
 torch.manual_seed(0)
-
-
-def pair(**options):
-    """Our layer and torch's, with the same weights."""
-    theirs = nn.MultiheadAttention(16, 4, dtype=torch.float64, **options)
-    ours = MultiHeadAttention(16, 4, **options).double()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"batch_first": True}, {"bias": False}, {"kdim": 6, "vdim": 10, "batch_first": True}],
-    ids=str,
-)
-def test_results_and_gradients_are_those_of_torch(options):
-    ours, theirs = pair(**options)
-    n, m = 7, 9
-    shapes = [(2, n, 16), (2, m, options.get("kdim", 16)), (2, m, options.get("vdim", 16))]
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    if not options.get("batch_first"):
-        inputs = [x.transpose(0, 1) for x in inputs]
-    upstream = torch.randn(2, n, 16, dtype=torch.float64)
-    upstream = upstream if options.get("batch_first") else upstream.transpose(0, 1)
-    output, A = ours(*inputs)
-    wanted, weights = theirs(*inputs, average_attn_weights=False)
-    assert torch.allclose(output, wanted, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(A.dense(), weights, rtol=1e-12, atol=1e-12)
-    output.backward(upstream)
-    wanted.backward(upstream)
-    gradients = dict(theirs.named_parameters())
-    assert {name for name, _ in ours.named_parameters()} == set(gradients)
-    for name, parameter in ours.named_parameters():
-        assert torch.allclose(parameter.grad, gradients[name].grad, rtol=1e-11, atol=1e-12), name
-
-
-def test_state_dict_goes_both_ways():
-    ours, theirs = pair()
-    theirs.load_state_dict(ours.state_dict())
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-
-
-def test_initial_values_are_those_of_torch():
-    torch.manual_seed(3)
-    ours = MultiHeadAttention(16, 4)
-    torch.manual_seed(3)
-    theirs = nn.MultiheadAttention(16, 4)
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value), name
-
-
-def test_masks_are_the_opposite_of_torchs():
-    ours, theirs = pair(batch_first=True)
-    x = torch.randn(2, 6, 16, dtype=torch.float64)
-    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    output, A = ours(x, mask=Causal() & Padding(real))
-    ignored = torch.ones(6, 6, dtype=torch.bool).triu(1)
-    wanted, _ = theirs(x, x, x, attn_mask=ignored, key_padding_mask=~real)
-    assert torch.allclose(output, wanted, atol=1e-12)
-    assert "Causal() & Padding(tensor(2, 6))" in repr(A)
-
-
-def test_one_sequence_without_a_batch():
-    ours, theirs = pair()
-    x = torch.randn(5, 16, dtype=torch.float64)
-    output, A = ours(x)
-    assert torch.allclose(output, theirs(x, x, x)[0], atol=1e-12)
-    assert A.shape == (4, 5, 5)
-
-
-def test_dropout_only_in_training_and_the_same_in_the_backward_pass():
-    layer = MultiHeadAttention(16, 4, dropout=0.5, batch_first=True).double()
-    x = torch.randn(1, 8, 16, dtype=torch.float64)
-    assert layer.eval()(x)[1].dropout is None
-    _, A = layer.train()(x)
-    assert (A.dense() == 0).any()
-    value = torch.randn(1, 4, 8, 4, dtype=torch.float64, requires_grad=True)
-    (A @ value).sum().backward()
-    assert torch.allclose(value.grad[..., 0], A.received())
 
 
 @pytest.mark.parametrize("kv_heads", [None, 1, 2])
@@ -189,11 +108,7 @@ def test_a_compiled_layer_gives_the_same_numbers():
 
 
 def test_wrong_sizes_say_what_is_wrong():
-    with pytest.raises(ShapeError, match=r"10 channels .* 4 heads"):
-        MultiHeadAttention(10, 4)
     with pytest.raises(ShapeError, match=r"4 heads cannot share 3"):
         SelfAttention(16, 4, num_kv_heads=3)
     with pytest.raises(ShapeError, match=r"\(2, 5, 12\).*16 channels"):
         SelfAttention(16, 4)(torch.randn(2, 5, 12))
-    with pytest.raises(DtypeError, match="key must be a torch"):
-        MultiHeadAttention(16, 4)(torch.randn(2, 5, 16), [1.0])

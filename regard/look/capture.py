@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regard.look.record import Captured, CaptureError, four_axes, kept, record
+from regard.sdpa import scaled_dot_product_attention
 
 # Keywords that reach a Hugging Face attention function and do not change what the `eager` and
 # `sdpa` implementations compute (transformers/utils/generic.py, TransformersKwargs, and the
@@ -187,6 +188,9 @@ def _read_interface(
     )
 
 
+_SDPA = inspect.signature(scaled_dot_product_attention)
+
+
 class _SdpaTap(TorchFunctionMode):
     """Records calls of `F.scaled_dot_product_attention` under the innermost open module's name."""
 
@@ -220,26 +224,17 @@ class _SdpaTap(TorchFunctionMode):
                 return self._multi_head(args, kwargs)
         return func(*args, **kwargs)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """The call itself, with `F.scaled_dot_product_attention`'s own signature."""
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The call itself, read with torch's signature."""
+        output = F.scaled_dot_product_attention(*args, **kwargs)
+        given = _SDPA.bind(*args, **kwargs)
+        given.apply_defaults()
+        query, key, value, mask, dropout, causal, scale, _ = given.arguments.values()
         tensors = (four_axes(query), four_axes(key), four_axes(value))
-        call = record(self._open_modules[-1], tensors, attn_mask, dropout=dropout_p)
+        call = record(self._open_modules[-1], tensors, mask, dropout=dropout)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         self._calls.append(
-            replace(call, scale=scale, causal=is_causal, output=kept(four_axes(output)))
+            replace(call, scale=scale, causal=causal, output=kept(four_axes(output)))
         )
         return output
 

@@ -1,7 +1,8 @@
 """Layers: where parameters live. They build parts as they run, and return the lazy matrix."""
 
-from regard.nn.attention import MultiHeadAttention, SelfAttention
+from regard.nn.attention import SelfAttention
 from regard.nn.learnable import Learnable
+from regard.nn.multihead import MultiHeadAttention
 from regard.nn.position import Continuous, Learned, Sinusoidal
 
 __all__ = [

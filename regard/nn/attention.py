@@ -1,4 +1,4 @@
-"""Multi-head attention layers that return the output and the lazy matrix it came from."""
+"""Self-attention as a layer that returns the output and the lazy matrix it came from."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from regard.nn.learnable import Learnable
 from regard.normalizer import Normalizer, Softmax
 from regard.opaque import opaque_unless
 from regard.part import Part
-from regard.position import Position
+from regard.position import Bias, Position
 from regard.score import Dot, Score
 
 
-def _followed(layer: _Heads, *_: Any) -> Any:
+def _followed(layer: Heads, *_: Any) -> Any:
     """What a graph can follow: every score but a function of a tile."""
-    return _Heads._attend.__wrapped__ if isinstance(layer.score, Learnable) else None  # type: ignore[attr-defined]
+    return Heads._attend.__wrapped__ if isinstance(layer.score, Learnable) else None  # type: ignore[attr-defined]
 
 
-class _Heads(nn.Module):
-    """What both layers share: the parts, the matrix of projected heads, the output projection."""
+class Heads(nn.Module):
+    """What the layers share: the parts, the matrix of projected heads, the output projection."""
 
     def __init__(
         self,
@@ -53,20 +53,26 @@ class _Heads(nn.Module):
 
     @opaque_unless(_followed)
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask | Tensor | None,
+        bias: Bias | None = None,
     ) -> tuple[Tensor, Attention]:
         """Heads [*batch, heads, n, d] -> concatenated outputs [*batch, n, heads d], the matrix."""
+        position = _built(self.position)
         dropout = Dropout(self.dropout) if self.training and self.dropout > 0 else None
         matrix = attention(
             query,
             key,
             score=_built(self.score),
-            position=_built(self.position),
+            position=position if bias is None else bias if position is None else position + bias,
             mask=mask,
             normalizer=_built(self.normalizer),
             dropout=dropout,
         )
-        output, position = matrix @ value, matrix.position
+        output = matrix @ value
         more = None if position is None else position.on_output(matrix)
         if more is not None:
             if more.shape[-1] != output.shape[-1]:
@@ -77,10 +83,17 @@ class _Heads(nn.Module):
             output = output + more
         return output.transpose(-3, -2).flatten(-2), matrix
 
-    def _make_output(self, bias: bool) -> None:
+    def _make_output(
+        self,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """The output projection, and torch's initial values: Xavier weights, zero biases."""
         # In torch's order, so that one seed gives the same layer.
-        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias)
+        self.out_proj = nn.Linear(
+            self.embed_dim, self.embed_dim, bias=bias, device=device, dtype=dtype
+        )
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("proj_weight"):
                 nn.init.xavier_uniform_(parameter)
@@ -92,97 +105,7 @@ class _Heads(nn.Module):
         return f"{self.embed_dim}, num_heads={self.num_heads}"
 
 
-class MultiHeadAttention(_Heads):
-    """Multi-head attention between two sequences, with any score, position and normalizer.
-
-    head_h = A_h V_h,  A_h = attention(query W^q_h, key W^k_h);  output = concat(head_1..h) W^o
-
-    Weights have the names, shapes and initial values of `torch.nn.MultiheadAttention`, so a
-    `state_dict` goes both ways, and with the default parts the results are the same.
-    Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2.
-
-    embed_dim: channels of the query and the output; kdim, vdim: of key and value, default the same
-    dropout: probability, on the weights, in training
-    batch_first: inputs are [batch, length, channels]; otherwise [length, batch, channels], which is
-        torch's default and so the default here
-    score, position, normalizer: parts of `regard.attention`; their tensors that require gradients
-        become parameters of the layer
-
-    >>> layer = MultiHeadAttention(64, 8, batch_first=True)
-    >>> x = torch.randn(2, 10, 64)
-    >>> output, A = layer(x, x, x)
-    >>> output.shape, A
-    (torch.Size([2, 10, 64]), Attention(2, 8, 10, 10): Dot(), Softmax(); float32, lazy)
-    """
-
-    # More than seven parameters: the first ones are torch's constructor, which this class repeats.
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        *,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = False,
-        score: Score | PairFunction = Dot(),
-        position: Position | None = None,
-        normalizer: Normalizer = Softmax(),
-    ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, score, position, normalizer)
-        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
-        self.batch_first = batch_first
-        packed = self.kdim == self.vdim == embed_dim
-        self.in_proj_weight = _parameter(packed, 3 * embed_dim, embed_dim)
-        self.q_proj_weight = _parameter(not packed, embed_dim, embed_dim)
-        self.k_proj_weight = _parameter(not packed, embed_dim, self.kdim)
-        self.v_proj_weight = _parameter(not packed, embed_dim, self.vdim)
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim)) if bias else None
-        self._make_output(bias)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        *,
-        mask: Mask | Tensor | None = None,
-    ) -> tuple[Tensor, Attention]:
-        """Return the output and the lazy matrix [batch, heads, n, m].
-
-        query [batch, n, embed_dim] (or as `batch_first` says; [n, embed_dim] without a batch);
-        key default query, value default key; mask: True = may attend, as in `regard.attention`
-        """
-        key = query if key is None else key
-        value = key if value is None else value
-        widths = (self.embed_dim, self.kdim, self.vdim)
-        inputs = []
-        for name, x, width in zip(
-            ("query", "key", "value"), (query, key, value), widths, strict=True
-        ):
-            _check_input(name, x, width)
-            if not self.batch_first and x.dim() > 3:
-                raise errors.ShapeError(
-                    f"{name} has shape {errors.show(x.shape)}; with batch_first=False it must be "
-                    "[length, batch, channels] or [length, channels]. batch_first=True takes any "
-                    "number of batch axes."
-                )
-            inputs.append(x.transpose(0, 1) if x.dim() == 3 and not self.batch_first else x)
-        packed, bias = self.in_proj_weight, self.in_proj_bias
-        apart = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        weights: tuple[Any, ...] = apart if packed is None else packed.chunk(3)
-        biases: tuple[Any, ...] = (None,) * 3 if bias is None else bias.chunk(3)
-        heads = [
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-            for x, weight, bias in zip(inputs, weights, biases, strict=True)
-        ]
-        mixed, matrix = self._attend(heads[0], heads[1], heads[2], mask)
-        output = self.out_proj(mixed)
-        return (output if self.batch_first or query.dim() < 3 else output.transpose(0, 1)), matrix
-
-
-class SelfAttention(_Heads):
+class SelfAttention(Heads):
     """Self-attention of a sequence: batch first, grouped-query heads if asked.
 
     output = concat_h(A_h V_h) W^o,  A_h = attention(x W^q_h, x W^k_g),  g = the key head of head h
@@ -227,7 +150,7 @@ class SelfAttention(_Heads):
 
     def forward(self, x: Tensor, *, mask: Mask | Tensor | None = None) -> tuple[Tensor, Attention]:
         """Inputs [*batch, n, d_model] -> output of the same shape, matrix [*batch, heads, n, n]."""
-        _check_input("x", x, self.embed_dim)
+        check_input("x", x, self.embed_dim)
         parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(
             [heads * self.head_dim for heads in self._heads], dim=-1
         )
@@ -239,10 +162,6 @@ class SelfAttention(_Heads):
         return self.out_proj(mixed), matrix
 
 
-def _parameter(present: bool, *shape: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(shape)) if present else None
-
-
 def _held(part: Part | PairFunction | nn.Module | None) -> nn.Module | PairFunction | None:
     return Learnable(part) if isinstance(part, Part) else part
 
@@ -251,7 +170,8 @@ def _built(held: nn.Module | PairFunction | None) -> Any:
     return held() if isinstance(held, Learnable) else held
 
 
-def _check_input(name: str, x: Tensor, width: int) -> None:
+def check_input(name: str, x: Tensor, width: int) -> None:
+    """Raise unless an input of a layer has `width` channels."""
     errors.check_tensor(name, x)
     if x.shape[-1] != width:
         raise errors.ShapeError(
