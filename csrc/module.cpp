@@ -97,8 +97,14 @@ void run(const Kernel& kernel, const Problem& p, int threads) {
   if (!items) return;
   const size_t bytes = kernel.scratch(p);
   const int team = int(std::min<int64_t>(forked ? 1 : threads, items));
+  if (team == 1) {  // a region of one thread costs a small call a microsecond
+    void* memory = scratch_of_thread.at_least(bytes);
+    if (bytes && !memory) throw std::bad_alloc();
+    for (int64_t item = 0; item < items; ++item) kernel.run(p, item, memory);
+    return;
+  }
   bool starved = false;
-#pragma omp parallel num_threads(team) if (team > 1)
+#pragma omp parallel num_threads(team)
   {
     void* memory = scratch_of_thread.at_least(bytes);
     if (bytes && !memory) {
@@ -114,6 +120,12 @@ void run(const Kernel& kernel, const Problem& p, int threads) {
 
 Kind kind_of(int code) { return static_cast<Kind>(code); }
 
+// A number of a shape or of strides, which torch gives as tuples: small calls are made of these, and
+// nanobind's own way takes four times as long.
+int64_t entry(nb::handle tuple, size_t at) {
+  return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), Py_ssize_t(at)));
+}
+
 // Strides of an operand along the problem's batch and head axes; axes of size 1 do not move.
 Operand operand(const Problem& p, uintptr_t data, int kind, nb::tuple shape, nb::tuple strides,
                 int trailing) {
@@ -123,14 +135,14 @@ Operand operand(const Problem& p, uintptr_t data, int kind, nb::tuple shape, nb:
   const int own = int(shape.size()) - trailing;
   for (int a = 0; a < own; ++a) {
     const int at = p.axes - own + a;
-    const int64_t size = nb::cast<int64_t>(shape[a]);
+    const int64_t size = entry(shape, size_t(a));
     if (at < 0 || size <= 1) continue;
-    x.axis[at] = nb::cast<int64_t>(strides[a]);
+    x.axis[at] = entry(strides, size_t(a));
     if (at == p.axes - 1 && size != p.size[at]) x.share = p.size[at] / size;
   }
   auto step = [&](int from_end) {
     const size_t at = shape.size() - size_t(from_end);
-    return nb::cast<int64_t>(shape[at]) == 1 ? 0 : nb::cast<int64_t>(strides[at]);
+    return entry(shape, at) == 1 ? 0 : entry(strides, at);
   };
   if (trailing == 2) x.row = step(2);
   if (trailing >= 1) x.column = step(1);
@@ -155,7 +167,7 @@ Problem make(nb::tuple batch, int64_t n, int64_t m, int64_t d, int64_t e, int co
   Problem p;
   p.axes = int(batch.size());
   p.lanes = 1;
-  for (int a = 0; a < p.axes; ++a) p.lanes *= p.size[a] = nb::cast<int64_t>(batch[a]);
+  for (int a = 0; a < p.axes; ++a) p.lanes *= p.size[a] = entry(batch, size_t(a));
   p.n = n, p.m = m, p.d = d, p.e = e;
   p.compute = kind_of(compute);
   return p;
@@ -168,7 +180,7 @@ void set_mask(Problem& p, uintptr_t offsets, uintptr_t start, uintptr_t stop, nb
   p.mask.stop = reinterpret_cast<const int32_t*>(stop);
   int64_t lines = p.n;
   for (int a = int(batch.size()) - 1, at = p.axes - 1; a >= 0; --a, --at) {
-    const int64_t size = nb::cast<int64_t>(batch[a]);
+    const int64_t size = entry(batch, size_t(a));
     p.mask.axis[at] = size == 1 ? 0 : lines;
     lines *= size;
   }
@@ -177,20 +189,22 @@ void set_mask(Problem& p, uintptr_t offsets, uintptr_t start, uintptr_t stop, nb
 // softmax(scale query key^T) value in one call: for small matrices the calls would cost more.
 void attend_plain(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t output, int kind,
                   nb::tuple shapes, nb::tuple strides, double scale, int threads) {
-  auto shape = [&](int k) { return nb::cast<nb::tuple>(shapes[size_t(k)]); };
-  auto last = [](nb::tuple t, size_t from_end) { return nb::cast<int64_t>(t[t.size() - from_end]); };
-  const nb::tuple q = shape(0), k = shape(1), v = shape(2);
+  auto part = [](nb::tuple& whole, int k) {
+    return nb::borrow<nb::tuple>(PyTuple_GET_ITEM(whole.ptr(), k));
+  };
+  auto last = [](nb::tuple t, size_t from_end) { return entry(t, t.size() - from_end); };
+  const nb::tuple q = part(shapes, 0), k = part(shapes, 1), v = part(shapes, 2);
   Problem p;
   p.axes = int(q.size()) - 2;
   p.lanes = 1;
-  for (int a = 0; a < p.axes; ++a) p.lanes *= p.size[a] = nb::cast<int64_t>(q[size_t(a)]);
+  for (int a = 0; a < p.axes; ++a) p.lanes *= p.size[a] = entry(q, size_t(a));
   p.n = last(q, 2), p.m = last(k, 2), p.d = last(q, 1), p.e = last(v, 1);
   p.compute = kind_of(kind) == Kind::f64 ? Kind::f64 : Kind::f32;
   p.scale = scale;
   const uintptr_t data[] = {query, key, value, output};
   Operand* const homes[] = {&p.query, &p.key, &p.value, &p.output};
   for (int x = 0; x < 4; ++x)
-    *homes[x] = operand(p, data[x], kind, shape(x), nb::cast<nb::tuple>(strides[size_t(x)]), 2);
+    *homes[x] = operand(p, data[x], kind, part(shapes, x), part(strides, x), 2);
   nb::gil_scoped_release free;
   run(kernels().attend, p, threads);
 }

@@ -26,7 +26,8 @@ class Rule(Part):
     def of(score: Score, position: Position | None, normalizer: Normalizer) -> Rule:
         """The rule of some parts; one for all matrices of parts that hold no tensors."""
         parts = (score, position, normalizer)
-        holds = any(part is not None and part.tensors() for part in parts)
+        placed = position is not None and position.tensors()
+        holds = placed or score.tensors() or normalizer.tensors()
         if holds or torch.compiler.is_compiling():  # a rule that is kept would keep them alive
             return Rule(*parts)
         return _shared(*parts)

@@ -71,8 +71,8 @@ def is_plain(matrix: Attention, value: object) -> bool:
     query, key = matrix.query, matrix.key
     return (
         type(value) is Tensor
-        and value.shape[:-1] == key.shape[:-1]
-        and key.shape[:-2] == query.shape[:-2]
+        and (value.shape == key.shape or value.shape[:-1] == key.shape[:-1])
+        and (key.shape == query.shape or key.shape[:-2] == query.shape[:-2])
         and value.dtype == query.dtype
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and query.is_cpu
