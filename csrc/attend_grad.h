@@ -245,6 +245,7 @@ class Backward {
   }
 
   void add_to_biases(const Visible<T>& v, const T* dlogits) {
+    if (p.dband.data) add_to_band(v, dlogits);
     if (p.dtoeplitz.data) {
       T* to = of_lane(p.dtoeplitz, p.n + p.m - 1 + ROWS) + row + p.m - 1 - v.first;
       over(v, [&](int j, int at, int q) {
@@ -263,6 +264,47 @@ class Backward {
       for (int k = 0; k < W<T> && q * W<T> + k < count; ++k)
         to[(q * W<T> + k) * p.dbias.row + j * p.dbias.column] += each[k];
     });
+  }
+
+  // A tail of the band takes the sum over its keys, the others one number each.
+  void add_to_band(const Visible<T>& v, const T* dlogits) {
+    const Overlap of = s.logits.overlap(p, v);
+    T* to = reinterpret_cast<T*>(const_cast<char*>(row_of(p, p.dband, lane, row)));
+    if (of.before() || of.behind(count)) {
+      T* tail = to + (of.before() ? 0 : of.last);
+      for (int g = 0; g < v.GROUPS; ++g)
+        for (int lanes = 0; lanes < GROUP<T>; lanes += W<T>) {
+          Vec<T> some{};
+          for (int j = v.begin[g]; j < v.end[g]; ++j)
+            some += load(dlogits + g * PANEL<T> + j * GROUP<T> + lanes);
+          const int64_t first = g * GROUP<T> + lanes;
+          for (int k = 0; k < W<T> && first + k < count; ++k)
+            tail[(first + k) * p.dband.row] += some[k];
+        }
+      return;
+    }
+    T* across = s.logits.bias_space;
+    for (int64_t r = 0; r < count; r += W<T>)
+      for (int64_t c = 0; c < v.count; c += W<T>)
+        transpose_block(across + r * KEYS + c, KEYS,
+                        dlogits + r / GROUP<T> * PANEL<T> + c * GROUP<T> + r % GROUP<T>, GROUP<T>);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t begin = of.begin(r), end = of.end(r);
+      const T* from = across + r * KEYS;
+      T *home = to + r * p.dband.row, *inside = home - r + of.shift;
+      home[0] += sum_of(from, begin);
+      for (int64_t j = begin; j < end; ++j) inside[j] += from[j];
+      home[of.last] += sum_of(from + end, v.count - end);
+    }
+  }
+
+  static T sum_of(const T* from, int64_t count) {
+    Vec<T> some{};
+    int64_t j = 0;
+    for (; j + W<T> <= count; j += W<T>) some += load(from + j);
+    T total = sum<T>(some);
+    for (; j < count; ++j) total += from[j];
+    return total;
   }
 
   void add_pair_by_pair(const Visible<T>& v, const T* dlogits, Matrix<T> keys) {

@@ -153,7 +153,8 @@ Operand& named(Problem& p, const std::string& name) {
   static const std::pair<const char*, Operand Problem::*> all[] = {
       {"query", &Problem::query},     {"key", &Problem::key},         {"value", &Problem::value},
       {"weight", &Problem::weight},   {"toeplitz", &Problem::toeplitz}, {"bias", &Problem::bias},
-      {"sink", &Problem::sink},       {"output", &Problem::output},   {"left", &Problem::left},
+      {"band", &Problem::band},       {"sink", &Problem::sink},       {"output", &Problem::output},
+      {"left", &Problem::left},       {"dband", &Problem::dband},
       {"dquery", &Problem::dquery},   {"dkey", &Problem::dkey},       {"dvalue", &Problem::dvalue},
       {"dweight", &Problem::dweight}, {"dtoeplitz", &Problem::dtoeplitz}, {"dbias", &Problem::dbias},
   };
@@ -234,6 +235,10 @@ NB_MODULE(_cpu, module) {
            [](Problem& p, const std::string& name, uintptr_t data, int kind, nb::tuple shape,
               nb::tuple strides, int trailing) {
              named(p, name) = operand(p, data, kind, shape, strides, trailing);
+           })
+      .def("band",
+           [](Problem& p, int64_t left, int64_t width, int64_t offset) {
+             p.band_left = left, p.band_width = width, p.band_offset = offset;
            })
       .def("mask", &set_mask)
       .def("rows",

@@ -97,6 +97,21 @@ INLINE uint64_t mix(uint64_t x) {
   return x ^ x >> 31;
 }
 
+// Which entries of the rows' bands a block of keys meets: key j and row r meet in entry
+// j - r + shift, those before the first in the first, those behind the last in the last.
+struct Overlap {
+  int64_t shift, keys, last;
+  int64_t begin(int64_t r) const { return clip(r - shift, 0); }  // the first key inside
+  int64_t end(int64_t r) const { return clip(r - shift + last + 1, begin(r)); }
+  bool before() const { return keys - 1 + shift <= 0; }  // every key, for every row
+  bool behind(int64_t rows) const { return shift - (rows - 1) >= last; }
+
+ private:
+  int64_t clip(int64_t key, int64_t least) const {
+    return key < least ? least : key > keys ? keys : key;
+  }
+};
+
 // Everything that the logits of one tile of queries depend on.
 template <class T>
 class Logits {
@@ -104,8 +119,8 @@ class Logits {
   Logits(Arena& arena, const Problem& p)
       : query(arena, p.d),
         weight(arena.take<T>(p.weight.data ? query.padded + 2 : 0)),
+        bias_space(arena.take<T>(p.bias.data || p.band.data ? 2 * KEYS * ROWS : 0)),
         keys_space(arena.take<T>(KEYS * packed_row<T>(p.d))),
-        bias_space(arena.take<T>(p.bias.data ? 2 * KEYS * ROWS : 0)),
         bent(arena.take<T>(p.score == Score::leaky ? query.padded : 0)) {}
 
   // Packs the queries [first, first + count) of a lane.
@@ -131,6 +146,13 @@ class Logits {
     }
     if (p.toeplitz.data)
       by_offset = reinterpret_cast<const T*>(row_of(p, p.toeplitz, lane, 0)) + row + p.m - 1;
+    if (p.band.data) band = row_of(p, p.band, lane, row);
+    for (int64_t r = 0; band && r < ROWS; ++r) {
+      before[r] = behind[r] = 0;
+      if (r >= count) continue;
+      read(before + r, entry_of(p, r, 0), p.band.kind, 1);
+      read(behind + r, entry_of(p, r, p.band_width - 1), p.band.kind, 1);
+    }
     if (!p.dropout.lanes) return;
     const uint64_t of_lane_seed = mix(uint64_t(p.dropout.lanes[lane]) + uint64_t(p.dropout.seed));
     for (int i = 0; i < ROWS; ++i) {
@@ -166,6 +188,7 @@ class Logits {
         store(logits + at, load(logits + at) + load(by_offset - v.first - j + q * W<T>));
       });
     if (p.bias.data) add_bias(p, v, logits);
+    if (p.band.data) add_band(p, v, logits);
     if (!v.full)
       over(v, [&](int j, int at, int q) {
         const Bits<T> keep = expand<T>(v.keep[j] >> (q * W<T>));
@@ -191,15 +214,22 @@ class Logits {
     return falls ? Vec<T>{} : splat(T(p.dropout.factor));
   }
 
+  Overlap overlap(const Problem& p, const Visible<T>& v) const {
+    return {v.first - row - p.band_offset + p.band_left, v.count, p.band_width - 1};
+  }
+
   Tile<T> query;  // scaled, for dot products
   T* weight;      // of additive scores and distances
+  T* bias_space;  // two tiles: [query][KEYS] and [key][query]
   int64_t lane = 0, row = 0, count = 0;
 
  private:
-  T *keys_space, *bias_space;
+  T* keys_space;
   T* bent;         // weights of the part of leaky that is not linear
   T linear[ROWS];  // slope w . query
   const T* by_offset = nullptr;
+  const char* band = nullptr;    // of the tile's first row
+  T before[ROWS], behind[ROWS];  // the first and the last entry of each row's band
   Words<T> fixed[ROWS / W<T>], added[ROWS / W<T>];  // of the dropout hash, for each row
 
   template <class Step>
@@ -269,15 +299,43 @@ class Logits {
       read(bias_space, from, b.kind, v.count, b.column);
       return over(v, [&](int j, int at, int) { store(logits + at, load(logits + at) + bias_space[j]); });
     }
-    T *across = bias_space, *along = bias_space + KEYS * ROWS;  // [query][KEYS], [key][query]
-    for (int64_t r = 0; r < ROWS; ++r) {
+    add_rows(v, logits, [&](int64_t r, T* to) {
+      read(to, from + r * b.row * size, b.kind, v.count, b.column);
+    });
+  }
+
+  const char* entry_of(const Problem& p, int64_t r, int64_t entry) const {
+    return band + (r * p.band.row + entry) * size_of(p.band.kind);
+  }
+
+  void add_band(const Problem& p, const Visible<T>& v, T* logits) const {
+    const Overlap of = overlap(p, v);
+    const T* tail = of.before() ? before : of.behind(count) ? behind : nullptr;
+    if (tail)
+      return over(v, [&](int, int at, int q) {
+        store(logits + at, load(logits + at) + load(tail + q * W<T>));
+      });
+    add_rows(v, logits, [&](int64_t r, T* to) {
+      const int64_t begin = of.begin(r), end = of.end(r);
+      for (int64_t j = 0; j < begin; ++j) to[j] = before[r];
+      if (begin < end) read(to + begin, entry_of(p, r, begin - r + of.shift), p.band.kind, end - begin);
+      for (int64_t j = end; j < v.count; ++j) to[j] = behind[r];
+    });
+  }
+
+  // Adds a tile of which row(r, to) writes the numbers of one query.
+  template <class Row>
+  void add_rows(const Visible<T>& v, T* logits, const Row& row) const {
+    T *across = bias_space, *along = bias_space + KEYS * ROWS;
+    const int64_t rows = v.few ? W<T> : ROWS;
+    for (int64_t r = 0; r < rows; ++r) {
       T* to = across + r * KEYS;
       const int64_t filled = r < count ? v.count : 0;
-      if (filled) read(to, from + r * b.row * size, b.kind, filled, b.column);
+      if (filled) row(r, to);
       for (int64_t j = filled; j < KEYS; ++j) to[j] = 0;
     }
-    for (int64_t r = 0; r < ROWS; r += W<T>)
-      for (int64_t c = 0; c < KEYS; c += W<T>)
+    for (int64_t r = 0; r < rows; r += W<T>)
+      for (int64_t c = 0; c < v.count; c += W<T>)
         transpose_block(along + r / GROUP<T> * PANEL<T> + c * GROUP<T> + r % GROUP<T>, GROUP<T>,
                         across + r * KEYS + c, KEYS);
     over(v, [&](int, int at, int) { store(logits + at, load(logits + at) + load(along + at)); });

@@ -68,6 +68,9 @@ struct Problem {
   Operand weight;    // additive: one row of d numbers (see parts.h)
   Operand toeplitz;  // bias by i - j + m - 1: rows of n + m - 1 + ROWS numbers
   Operand bias;      // bias by (i, j)
+  // Bias by a row's own band: entry clip(j - (i + band_offset) + band_left, 0, band_width - 1).
+  Operand band;
+  int64_t band_left = 0, band_width = 0, band_offset = 0;
   Operand sink;      // one number per lane
   Mask mask;
   Dropout dropout;
@@ -82,8 +85,8 @@ struct Problem {
   void* delta = nullptr;          // [lanes, n]: sum_j weight_ij dweight_ij
   // dquery has query's kind; the others T. dkey, dvalue: [chunks, lanes / group, m, padded width];
   // dweight: [chunks, lanes, padded d]; dtoeplitz: [chunks, lanes, n + m - 1 + ROWS]; dbias:
-  // [chunks, lanes, m] where the bias has one row, else of the bias's own shape.
-  Operand dquery, dkey, dvalue, dweight, dtoeplitz, dbias;
+  // [chunks, lanes, m] where the bias has one row, else of the bias's own shape; dband: of band's.
+  Operand dquery, dkey, dvalue, dweight, dtoeplitz, dbias, dband;
   int64_t chunks = 1;             // pieces of the queries that have dkey and dvalue of their own
   int64_t group = 1;              // heads whose keys' gradients are summed here
   int64_t strip = 1;              // blocks of keys that a strip holds

@@ -32,6 +32,7 @@ SIZES = Sizes(batch=2, heads=4, key_heads=2, n=130, m=200, width=20, value_width
 CASES = [
     Case("dot softcap", "alibi", "causal", "sinks", SIZES, 1),
     Case("distance", "bias", "window", "sigmoid", SIZES, 2),
+    Case("dot", "shaw", "causal", "softmax", SIZES, 7),
     Case("tanh", "alibi + row bias", "dense", "softmax", SIZES, 3),
     Case("leaky_relu", "none", "documents", "relu mean", SIZES, 4),
     Case("cosine", "bias", "padding", "softmax plus one", SIZES, 6),
@@ -85,7 +86,7 @@ def test_every_instruction_set_gives_the_numbers_of_dense(isa, case):
 def test_every_instruction_set_rounds_at_most_twice_as_much_as_dense(isa, dtype):
     """Conversions differ by instruction set; pooled over cases, see test_laws."""
     found = allowed = 0.0
-    for case in CASES[:3]:
+    for case in CASES[:4]:
         exact, low = case.build(torch.float64), case.build(dtype)
         for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
             high.data.copy_(rounded)
@@ -95,8 +96,8 @@ def test_every_instruction_set_rounds_at_most_twice_as_much_as_dense(isa, dtype)
         dense = laws.results(*low, "dense")
         for name in ("output", "gradient of query", "gradient of key", "gradient of value"):
             scale = torch.finfo(dtype).eps * float(reference[name].norm())
-            found += (float((got[name] - reference[name]).norm()) / scale) ** 2 / 12
-            allowed += (float((dense[name] - reference[name]).norm()) / scale) ** 2 / 12
+            found += (float((got[name] - reference[name]).norm()) / scale) ** 2 / 16
+            allowed += (float((dense[name] - reference[name]).norm()) / scale) ** 2 / 16
     assert 0 < found**0.5 <= 2 * allowed**0.5 + 1
 
 

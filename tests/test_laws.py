@@ -24,7 +24,7 @@ EPS = torch.finfo(torch.float64).eps
 def applies(form: str, score: str, normalizer: str, position: str = "none") -> bool:
     """Whether a form has these parts; those that it lacks are named here, and it must say so."""
     lacks = score in ("gelu", "own function") or normalizer in ("row sum", "identity")
-    lacks = lacks or position in ("fire", "shaw", "transformer-xl", "cope")
+    lacks = lacks or position in ("fire", "transformer-xl", "cope")
     return form != "fused" or not lacks
 
 
@@ -98,15 +98,16 @@ THROUGH_WEIGHTS_ONLY = {"output", "gradient of value"}
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
-    ("form", "normalizer", "score"),
+    ("form", "normalizer", "score", "position"),
     [
-        each
-        for each in itertools.product(FASTER, NORMALIZERS, SCORES)
-        if applies(each[0], each[2], each[1])
-    ],
+        (form, normalizer, score, "none" if normalizer == "row sum" else "alibi")
+        for form, normalizer, score in itertools.product(FASTER, NORMALIZERS, SCORES)
+        if applies(form, score, normalizer)
+    ]
+    + [(form, "softmax", "dot", "shaw") for form in FASTER],
 )
 def test_low_precision_error_is_at_most_twice_that_of_dense(
-    score, normalizer, form, dtype, monkeypatch
+    score, normalizer, form, position, dtype, monkeypatch
 ):
     """Against float64 dense: error(form) <= 2 error(dense in that dtype) + one rounding.
 
@@ -119,7 +120,6 @@ def test_low_precision_error_is_at_most_twice_that_of_dense(
     for seed in SEEDS:
         mask = ["none", "causal window", "padding"][seed % 3]
         sizes = Sizes(batch=1, heads=2, key_heads=1, n=65, m=57, width=16, value_width=8)
-        position = "none" if normalizer == "row sum" else "alibi"
         case = Case(score, position, mask, normalizer, sizes, seed)
         exact, low = case.build(torch.float64), case.build(dtype)
         if condition(exact[0]) > 50:

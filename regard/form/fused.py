@@ -187,7 +187,7 @@ def _forward(transposed: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]
     query, key, x, *rest = arguments
     if not transposed:
         return cpu.attend(query, key, x, *rest)
-    heads = arguments[11][-1:]  # each head has its own sums over rows
+    heads = arguments[cpu.TENSORS][-1:]  # each head has its own sums over rows
     nothing = key.new_empty(*heads, key.shape[-2], 0)
     _, peak, total = cpu.attend(query, key, nothing, *rest)
     gradients = cpu.attend_grad(x, peak, total, None, query, key, nothing, *rest, _ONLY_VALUE)
@@ -215,8 +215,8 @@ class _Product(FirstOrder):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.transposed, *arguments = inputs
         _, peak, total = output
-        ctx.save_for_backward(peak, total, *arguments[:11])
-        ctx.numbers = arguments[11:]
+        ctx.save_for_backward(peak, total, *arguments[: cpu.TENSORS])
+        ctx.numbers = arguments[cpu.TENSORS :]
         # log(total) + peak does not depend on the peak, which may pass for a constant.
         ctx.mark_non_differentiable(peak)
         ctx.set_materialize_grads(False)
@@ -224,7 +224,8 @@ class _Product(FirstOrder):
     @staticmethod
     @opaque
     def backward(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
-        peak, total, query, key, x, *tensors = ctx.saved_tensors
+        peak, total, *saved = ctx.saved_tensors
+        inputs, (query, key, x, *tensors) = saved[:LEARNED], saved
         doutput, _, dtotal = from_above
         check_transforms()
         batch = tuple(ctx.numbers[0])
@@ -232,9 +233,9 @@ class _Product(FirstOrder):
             length = key.shape[-2] if ctx.transposed else query.shape[-2]
             doutput = x.new_zeros(*batch, length, x.shape[-1])
         left, right = (x, doutput) if ctx.transposed else (doutput, x)
-        wanted = list(ctx.needs_input_grad[2:9])
-        wants_x, wants_sink = wanted[2], wanted[6]
-        wanted = [*wanted[:2], wants_x and not ctx.transposed, *wanted[3:6]]
+        needed = ctx.needs_input_grad[2 : 2 + LEARNED]
+        wants_x, wants_sink = needed[2], needed[-1]
+        wanted = [*needed[:2], wants_x and not ctx.transposed, *needed[3:-1]]
         with torch.no_grad():
             arguments = (query, key, right, *tensors, *ctx.numbers)
             if any(wanted) or wants_sink:
@@ -242,27 +243,25 @@ class _Product(FirstOrder):
                     left, peak, total, dtotal, *arguments, _at_least_query(wanted)
                 )
             else:
-                gradients = [query.new_empty(0)] * 7
+                gradients = [query.new_empty(0)] * LEARNED
             *found, delta = gradients
             if ctx.transposed and wants_x:
                 found[2] = cpu.attend(*arguments)[0]
             sink = None
             if wants_sink:
                 above = 0 if dtotal is None else dtotal * total
-                (each,) = Softmax(tensors[3]).own_gradients(Row(peak, total), above - delta)
+                (each,) = Softmax(inputs[-1]).own_gradients(Row(peak, total), above - delta)
                 sink = each.sum(-1)
-            inputs = (query, key, x, *tensors[:4])
             homes = [
-                _shaped(gradient, tensor, len(batch)) if needed and gradient is not None else None
-                for gradient, tensor, needed in zip(
-                    (*found, sink), inputs, ctx.needs_input_grad[2:9], strict=True
-                )
+                _shaped(gradient, tensor, len(batch)) if wants and gradient is not None else None
+                for gradient, tensor, wants in zip((*found, sink), inputs, needed, strict=True)
             ]
         depends_on = [t for t in (doutput, *inputs) if t is not None]
         return None, None, *once(homes, *depends_on), *[None] * (4 + len(ctx.numbers))
 
 
-_ONLY_VALUE = [False, False, True, False, False, False]
+LEARNED = len(operands.Tensors._fields) + 1  # and x: what may have a gradient
+_ONLY_VALUE = [name == "value" for name in cpu.Gradients._fields[:-1]]
 
 
 def _at_least_query(wanted: list[bool]) -> list[bool]:

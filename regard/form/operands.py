@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard import errors
 from regard.form import separable
 from regard.kernel import cpu
 from regard.normalizer import Normalizer, Relu, Sigmoid, Softmax
 from regard.part import per_head
-from regard.position.base import Bias, Position, terms
+from regard.position.base import Band, Bias, Position, terms
 from regard.position.toeplitz import Toeplitz
 from regard.runs import Runs
 from regard.score import Additive, Bilinear, Cosine, Distance, Dot, PositionOnly, Score
@@ -36,12 +37,57 @@ def needs(matrix: Attention) -> str | None:
         return f"has no kernel for the activation {score.activation!r}."
     if type(normalizer) not in NORMALIZERS:
         return f"has no kernel for the normalizer {normalizer}."
-    biases = [part for part in terms(matrix.position) if _is_bias(part)]
-    if any(not isinstance(part, (Bias, Toeplitz)) for part in biases):
-        return f"has no kernel for the position {matrix.position}."
-    if sum(type(part) is Bias for part in biases) > 1:
+    return None if matrix.position is None else _needs_biases(matrix)
+
+
+def _needs_biases(matrix: Attention) -> str | None:
+    no_rows = matrix.rule.operands(matrix.query[..., :0, :], matrix.key[..., :0, :])
+    biases = Biases.of(matrix, *no_rows)
+    if biases.others:
+        return f"has no kernel for the position {biases.others[0]}."
+    if len(biases.explicit) > 1:
         return "adds one Bias at most; add their tensors up first: Bias(one + other)."
+    if len(biases.bands) > 1:
+        return f"adds one band of relative positions at most; {matrix.position} are several."
     return None
+
+
+class Biases(NamedTuple):
+    """What is added to scores, by the way in which the kernels add it."""
+
+    toeplitz: list[Toeplitz]
+    explicit: list[Tensor]
+    bands: list[Band]
+    others: list[Position]
+
+    @staticmethod
+    def of(matrix: Attention, query: Tensor, key: Tensor) -> Biases:
+        """Sort the position's terms; query and key as the rule prepares them."""
+        biases = Biases([], [], [], [])
+        i = torch.arange(query.shape[-2], device=query.device)
+        for part in terms(matrix.position):
+            if type(part).on_score is Position.on_score:
+                continue
+            if type(part) is Bias:
+                biases.explicit.append(torch.atleast_2d(part.bias))
+            elif isinstance(part, Toeplitz):
+                biases.toeplitz.append(part)
+            elif (band := part.band(query, i)) is not None:
+                biases.bands.append(_checked(part, band, i.numel(), matrix.shape[:-2]))
+            else:
+                biases.others.append(part)
+        return biases
+
+
+def _checked(part: Position, band: Band, rows: int, batch: tuple[int, ...]) -> Band:
+    given = band.table.shape
+    if band.table.dim() < 2 or given[-2] != rows or not errors.fits(given[:-2], batch):
+        raise errors.ShapeError(
+            f"{part} has a band of shape {errors.show(given)}; for these queries it must be "
+            f"{errors.show((*batch, rows))} and the band's width, or what broadcasts to the axes "
+            "before the rows."
+        )
+    return band
 
 
 class Tensors(NamedTuple):
@@ -52,13 +98,23 @@ class Tensors(NamedTuple):
     weight: Tensor | None
     toeplitz: Tensor | None
     bias: Tensor | None
+    band: Tensor | None
     sink: Tensor | None
 
 
-def tensors(matrix: Attention) -> tuple[int, Tensors]:
-    """The kind of score, and what it compares."""
+class Kind(NamedTuple):
+    """What `numbers` needs to know of the tensors."""
+
+    score: int
+    band_left: int
+    band_offset: int
+
+
+def tensors(matrix: Attention) -> tuple[Kind, Tensors]:
+    """What the score compares, and what is added to it."""
     query, key = matrix.rule.operands(matrix.query, matrix.key)
     score, wide = matrix.score, torch.promote_types(query.dtype, torch.float32)
+    biases = Biases.of(matrix, query.to(wide), key)
     kind, weight, constant = DOT, None, None
     if isinstance(score, Additive):
         kind, query, key, weight, constant = _additive(score, query, key, wide)
@@ -70,15 +126,15 @@ def tensors(matrix: Attention) -> tuple[int, Tensors]:
     elif isinstance(scale := score.scale, Tensor):  # type: ignore[attr-defined]
         query = query.to(wide)
         query = query * per_head(scale, query)
-    biases = [part for part in terms(matrix.position) if _is_bias(part)]
-    explicit = next((part.bias for part in biases if isinstance(part, Bias)), None)
     sink = matrix.normalizer.sink if isinstance(matrix.normalizer, Softmax) else None
-    return kind, Tensors(
+    left, offset, band = biases.bands[0] if biases.bands else (0, 0, None)
+    return Kind(kind, left, offset), Tensors(
         query,
         key,
         weight,
-        _by_offset(matrix, [part for part in biases if isinstance(part, Toeplitz)], constant, wide),
-        None if explicit is None else torch.atleast_2d(explicit),
+        _by_offset(matrix, biases.toeplitz, constant, wide),
+        biases.explicit[0] if biases.explicit else None,
+        band,
         None if sink is None else torch.as_tensor(sink, dtype=wide),
     )
 
@@ -123,7 +179,7 @@ def mask(matrix: Attention) -> tuple[Tensor | None, ...]:
     return runs.offsets, runs.start.int(), runs.stop.int(), lanes
 
 
-def numbers(matrix: Attention, kind: int) -> cpu.Numbers:
+def numbers(matrix: Attention, kind: Kind) -> cpu.Numbers:
     """What is not a tensor; kind: of the score, as `tensors` says."""
     score, normalizer, dropout = matrix.score, matrix.normalizer, matrix.dropout
     scale, softcap, slope = 1.0, 0.0, 0.0
@@ -138,7 +194,7 @@ def numbers(matrix: Attention, kind: int) -> cpu.Numbers:
     return cpu.Numbers(
         batch=tuple(matrix.shape[:-2]),
         mask_batch=() if runs is None else runs.batch,
-        score=kind,
+        score=kind.score,
         norm=NORMALIZERS[type(normalizer)],
         mean=isinstance(normalizer, Relu) and normalizer.mean,
         seed=0 if dropout is None else int(dropout.seed),
@@ -148,8 +204,6 @@ def numbers(matrix: Attention, kind: int) -> cpu.Numbers:
         slope=slope,
         norm_bias=float(normalizer.bias) if isinstance(normalizer, Sigmoid) else 0.0,
         factor=1.0 if dropout is None else 1 / (1 - dropout.probability),
+        band_left=kind.band_left,
+        band_offset=kind.band_offset,
     )
-
-
-def _is_bias(part: Position) -> bool:
-    return type(part).on_score is not Position.on_score

@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     weight: Tensor | None  # of an additive score, [*batch, heads, d]
     toeplitz: Tensor | None  # bias by i - j + m - 1, [*batch, heads, n + m - 1 + ROWS]
     bias: Tensor | None  # [*batch, heads, n or 1, m or 1]
+    band: Tensor | None  # bias by clipped j - i, [*batch, heads, n, band's width]
     sink: Tensor | None  # [*batch, heads]
     offsets: Tensor | None  # runs of the mask, as regard.runs; None: one run for each row
     start: Tensor | None
@@ -57,16 +58,20 @@ class Numbers(NamedTuple):
     slope: float
     norm_bias: float
     factor: float
+    band_left: int  # entry of the band of row i's own position, i + band_offset
+    band_offset: int
 
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? weight, Tensor? toeplitz, Tensor? bias, "
-    "Tensor? sink, Tensor? offsets, Tensor? start, Tensor? stop, Tensor? lanes"
+    "Tensor? band, Tensor? sink, Tensor? offsets, Tensor? start, Tensor? stop, Tensor? lanes"
 )
 _NUMBERS = (
     "int[] batch, int[] mask_batch, int score, int norm, bool mean, int seed, int threshold, "
-    "float scale, float softcap, float slope, float norm_bias, float factor"
+    "float scale, float softcap, float slope, float norm_bias, float factor, "
+    "int band_left, int band_offset"
 )
+TENSORS = len(Inputs._fields)
 library = torch.library.Library("regard", "DEF")
 library.define(f"attend({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor)")
 library.define(
@@ -95,7 +100,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Output [*batch, heads, n, e], and peak and total of the rows; arguments as in the schema."""
-    inputs, numbers = _in_lines(Inputs(*arguments[:11])), Numbers(*arguments[11:])
+    inputs, numbers = _in_lines(Inputs(*arguments[:TENSORS])), Numbers(*arguments[TENSORS:])
     output, peak, total = attend_fake(*arguments)
     problem = _problem(inputs, numbers, inputs.value.shape[-1])
     problem.operand("output", *_operand(output, 2))
@@ -130,7 +135,7 @@ def attend_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Ten
 
 def attend_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled results of `attend`."""
-    query, _, value, *_, batch = arguments[:12]
+    query, _, value, *_, batch = arguments[: TENSORS + 1]
     rows = (*batch, query.shape[-2])
     dtype = _compute_dtype(query)
     return (
@@ -149,6 +154,7 @@ class Gradients(NamedTuple):
     weight: Tensor
     toeplitz: Tensor
     bias: Tensor
+    band: Tensor
     delta: Tensor
 
 
@@ -156,7 +162,7 @@ def attend_grad(
     left: Tensor, peak: Tensor, total: Tensor, dtotal: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
     """All of `Gradients`; `wanted`, the last argument, has one entry for each but delta."""
-    inputs, numbers = _in_lines(Inputs(*arguments[:11])), Numbers(*arguments[11:-1])
+    inputs, numbers = _in_lines(Inputs(*arguments[:TENSORS])), Numbers(*arguments[TENSORS:-1])
     left = _in_line(left)
     dtotal = None if dtotal is None else dtotal.resolve_neg().contiguous()
     split = _split(inputs, numbers, arguments[-1])
@@ -172,7 +178,7 @@ def attend_grad(
         0 if dtotal is None else dtotal.data_ptr(),
     )
     problem.split(*split)
-    for name in ("query", "key", "value", "weight", "toeplitz", "bias"):
+    for name in Gradients._fields[:-1]:
         home = getattr(homes, name)
         if home.numel():
             trailing = 1 if name in ("weight", "toeplitz") else 2
@@ -185,7 +191,7 @@ def attend_grad_fake(
     left: Tensor, peak: Tensor, total: Tensor, dtotal: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
     """Unfilled results of `attend_grad`."""
-    inputs, numbers = Inputs(*arguments[:11]), Numbers(*arguments[11:-1])
+    inputs, numbers = Inputs(*arguments[:TENSORS]), Numbers(*arguments[TENSORS:-1])
     split = _Split(1, 1, 1, False)
     homes = _homes(inputs, numbers, arguments[-1], split, left)
     return _gathered(homes, inputs, split, left.shape[-1])
@@ -193,7 +199,7 @@ def attend_grad_fake(
 
 def look(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """What was asked about each row or cell, see `Looking` in csrc/problem.h."""
-    inputs, numbers = _in_lines(Inputs(*arguments[:11])), Numbers(*arguments[11:-3])
+    inputs, numbers = _in_lines(Inputs(*arguments[:TENSORS])), Numbers(*arguments[TENSORS:-3])
     first, second = look_fake(peak, total, *arguments)
     if first.numel() and arguments[-3] in (Look.POOL_MEAN, Look.POOL_MAX):
         first.zero_()
@@ -232,9 +238,10 @@ def _split(inputs: Inputs, numbers: Numbers, wanted: Sequence[bool]) -> _Split:
     shares = [heads // max(_heads(x), 1) for x in (inputs.key, inputs.value)]
     group = math.gcd(*shares) if heads else 1
     groups = lanes // max(group, 1)
-    bias = inputs.bias
-    shared = bias is not None and bias.shape[-2] > 1 and math.prod(bias.shape[:-2]) < lanes
-    by_rows = bool(wanted[5] and shared)
+    by_rows = any(
+        wanted_ and bias is not None and bias.shape[-2] > 1 and math.prod(bias.shape[:-2]) < lanes
+        for wanted_, bias in zip(wanted[5:7], (inputs.bias, inputs.band), strict=True)
+    )
     tiles = max(-(-inputs.query.shape[-2] // extension_.ROWS), 1)
     uneven = groups % threads and groups < 4 * threads
     chunks = min(threads if by_rows or uneven else 1, tiles)
@@ -265,6 +272,7 @@ def _homes(
         zeros((*chunked, _padded(d)), dtype=dtype) if wanted[3] else nothing,
         zeros((*chunked, toeplitz_width), dtype=dtype) if wanted[4] else nothing,
         zeros(bias_shape, dtype=dtype) if wanted[5] else nothing,
+        nothing if inputs.band is None or not wanted[6] else zeros(inputs.band.shape, dtype=dtype),
         query.new_empty((*batch, n), dtype=dtype),
     )
 
@@ -293,6 +301,7 @@ def _gathered(homes: Gradients, inputs: Inputs, split: _Split, width: int) -> li
         dweight,
         whole(homes.toeplitz, None),
         dbias,
+        homes.band,
         homes.delta,
     ]
 
@@ -307,10 +316,12 @@ def _problem(inputs: Inputs, numbers: Numbers, width: int, *, with_value: bool =
     problem.operand("key", *_operand(key, 2))
     if with_value:
         problem.operand("value", *_operand(inputs.value, 2))
-    for name, trailing in (("weight", 1), ("toeplitz", 1), ("bias", 2), ("sink", 0)):
+    for name, trailing in (("weight", 1), ("toeplitz", 1), ("bias", 2), ("band", 2), ("sink", 0)):
         tensor = getattr(inputs, name)
         if tensor is not None:
             problem.operand(name, *_operand(tensor, trailing))
+    if inputs.band is not None:
+        problem.band(numbers.band_left, inputs.band.shape[-1], numbers.band_offset)
     if inputs.start is not None and inputs.stop is not None:
         offsets = 0 if inputs.offsets is None else inputs.offsets.data_ptr()
         starts = inputs.start.data_ptr(), inputs.stop.data_ptr()
@@ -330,8 +341,9 @@ def _operand(tensor: Tensor, trailing: int) -> tuple[Any, ...]:
 def _in_lines(inputs: Inputs) -> Inputs:
     """The kernels read vectors along the last axis, one number after the other, as they lie."""
     query, key, value, weight, toeplitz = map(_in_line, inputs[:5])
-    bias, sink = (None if x is None else x.resolve_neg() for x in inputs[5:7])
-    return Inputs(query, key, value, weight, toeplitz, bias, sink, *inputs[7:])
+    bias, sink = (None if x is None else x.resolve_neg() for x in (inputs.bias, inputs.sink))
+    lines = query, key, value, weight, toeplitz, bias, _in_line(inputs.band), sink
+    return Inputs(*lines, *inputs[len(lines) :])
 
 
 def _in_line(tensor: Tensor | None) -> Any:

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 class Band(NamedTuple):
-    """A bias that row i adds by the offset of the key, clipped: table[i, clip(j - i - offset)].
+    """A bias of row i and key j that is entry clip(j - (i + offset), -left, right) + left of row i.
 
-    left: offsets below -left are clipped; those above are where the table ends
-    offset: position of row 0; table: [*batch, heads, n, left + 1 + right]
+    table: [*batch, heads, n, left + 1 + right], or what broadcasts to its batch and head axes
     """
 
     left: int
@@ -57,7 +56,11 @@ class Position(Part):
         return None
 
     def band(self, query: Tensor, i: Tensor) -> Band | None:
-        """The bias of `on_score` by clipped offset, if it is one: numbers that a form may read."""
+        """The bias of `on_score` by clipped offset, for the rows i [n], if it is one.
+
+        It is n (left + 1 + right) numbers instead of n m. `query` is what `on_score` sees. Asked
+        for no rows, it says whether the compiled kernels know the part.
+        """
         return None
 
     def channels(
