@@ -1,4 +1,4 @@
-"""Biases that the compiled kernels know by their form: bands of relative positions."""
+"""Biases that the compiled kernels know by their form: bands, and further channels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ import pytest
 import torch
 from test_laws import assert_rounding
 
-from regard import Causal, Documents, FormError, ShapeError, Window, attention
+from regard import (
+    Additive,
+    Bilinear,
+    Causal,
+    Cosine,
+    Distance,
+    Documents,
+    Dot,
+    FormError,
+    PositionOnly,
+    ShapeError,
+    Softmax,
+    Window,
+    attention,
+)
 from regard.form import FORMS
 from regard.kernel import extension
 from regard.position import Shaw
@@ -112,6 +126,74 @@ def test_a_band_may_be_shared_and_lie_anywhere(table, threads):
         found, subnormal = got.pop(name).double(), least.eps * least.tiny
         torch.testing.assert_close(found, wanted.pop(name), rtol=least.eps, atol=subnormal + 1e-12)
     assert_rounding(got, wanted, 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Waves(Position):
+    """bias_ij = sum_w amplitude_w cos(frequency_w (i - j)), as cos cos + sin sin."""
+
+    amplitude: torch.Tensor  # [*batch, heads, waves]
+    frequency: torch.Tensor  # [waves]
+
+    trailing: ClassVar[dict[str, int]] = {"amplitude": 1, "frequency": 1}
+
+    def on_score(self, query, key, i, j):
+        waves = self._angles(i[:, None] - j).cos().to(query.dtype)  # [r, c, waves]
+        return (waves @ self.amplitude.to(query.dtype)[..., None, :, None]).squeeze(-1)
+
+    def channels(self, query, key, i, j):
+        of_rows, of_keys = (
+            torch.cat([angles.cos(), angles.sin()], -1) for angles in map(self._angles, (i, j))
+        )
+        amplitude = self.amplitude.double()
+        return of_rows * torch.cat([amplitude, amplitude], -1)[..., None, :], of_keys
+
+    def _angles(self, distance):
+        """In float64: of large angles, float32 keeps few digits of a turn."""
+        return self.frequency.double() * distance[..., None]
+
+
+SCORES = {
+    "dot": lambda draw: Dot(),
+    "scaled": lambda draw: Dot(scale=-0.7),
+    "scale by head": lambda draw: Dot(scale=draw.normal(4)),
+    "bilinear": lambda draw: Bilinear(draw.normal(4, 5, 5), scale=0.3),
+    "cosine": lambda draw: Cosine(scale=draw.normal(2, 4)),
+    "position only": lambda draw: PositionOnly(),
+}
+
+
+@pytest.mark.parametrize("n", [1, 3, 70])
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_a_bias_may_be_further_channels(score, n):
+    draw = laws.Draw(4, torch.float64)
+    waves = Waves(draw.normal(2, 4, 3), draw.normal(3).detach())
+    more = Waves(draw.normal(4, 2), draw.normal(2).detach()) + Shaw(draw.normal(4, 9, 5), 4)
+    matrix = attention(
+        draw.normal(1, 4, n, 5),
+        draw.normal(2, 2, 150, 5),
+        score=score(draw),
+        position=waves + more,
+        mask=Causal(60),
+        normalizer=Softmax(sink=draw.normal(4)),
+    )
+    assert_fused_equals_dense(matrix, draw.normal(2, 2, 150, 8))
+
+
+def test_what_channels_are_made_of_is_learned():
+    draw = laws.Draw(5, torch.float64)
+    waves = Waves(draw.normal(2, 3), draw.normal(3))
+    matrix = attention(draw.normal(2, 9, 5), draw.normal(2, 9, 5), position=waves)
+    assert_fused_equals_dense(matrix, draw.normal(2, 9, 8))
+
+
+@pytest.mark.parametrize("score", [Dot(softcap=3.0), Distance(), Additive(torch.ones(4))], ids=repr)
+def test_channels_belong_to_a_product(score):
+    x, waves = torch.randn(5, 4), Waves(torch.randn(3), torch.randn(3))
+    matrix = attention(x, x, score=score, position=waves)
+    with pytest.raises(FormError, match=r"no kernel for the position .* with the score"):
+        matrix.matmul(x, form="fused")
+    assert matrix.explain().form == "tiled"
 
 
 def test_looks_see_a_band():

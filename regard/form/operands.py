@@ -49,7 +49,16 @@ def _needs_biases(matrix: Attention) -> str | None:
         return "adds one Bias at most; add their tensors up first: Bias(one + other)."
     if len(biases.bands) > 1:
         return f"adds one band of relative positions at most; {matrix.position} are several."
+    if biases.channels and not _is_product(matrix.score):
+        return f"has no kernel for the position {matrix.position} with the score {matrix.score}."
     return None
+
+
+def _is_product(score: Score) -> bool:
+    """Whether a score is a dot product, to which further channels add what they multiply to."""
+    if isinstance(score, Dot):
+        return score.softcap is None
+    return isinstance(score, (Bilinear, Cosine, PositionOnly))
 
 
 class Biases(NamedTuple):
@@ -58,13 +67,14 @@ class Biases(NamedTuple):
     toeplitz: list[Toeplitz]
     explicit: list[Tensor]
     bands: list[Band]
+    channels: list[tuple[Tensor, Tensor]]
     others: list[Position]
 
     @staticmethod
     def of(matrix: Attention, query: Tensor, key: Tensor) -> Biases:
         """Sort the position's terms; query and key as the rule prepares them."""
-        biases = Biases([], [], [], [])
-        i = torch.arange(query.shape[-2], device=query.device)
+        biases = Biases([], [], [], [], [])
+        i, j = (torch.arange(x.shape[-2], device=x.device) for x in (query, key))
         for part in terms(matrix.position):
             if type(part).on_score is Position.on_score:
                 continue
@@ -72,8 +82,10 @@ class Biases(NamedTuple):
                 biases.explicit.append(torch.atleast_2d(part.bias))
             elif isinstance(part, Toeplitz):
                 biases.toeplitz.append(part)
-            elif (band := part.band(query, i)) is not None:
+            elif (band := part.band(_wide(query), i)) is not None:
                 biases.bands.append(_checked(part, band, i.numel(), matrix.shape[:-2]))
+            elif (channels := part.channels(_wide(query), _wide(key), i, j)) is not None:
+                biases.channels.append(channels)
             else:
                 biases.others.append(part)
         return biases
@@ -106,6 +118,7 @@ class Kind(NamedTuple):
     """What `numbers` needs to know of the tensors."""
 
     score: int
+    scale: float  # 1 where the query is scaled already
     band_left: int
     band_offset: int
 
@@ -114,21 +127,23 @@ def tensors(matrix: Attention) -> tuple[Kind, Tensors]:
     """What the score compares, and what is added to it."""
     query, key = matrix.rule.operands(matrix.query, matrix.key)
     score, wide = matrix.score, torch.promote_types(query.dtype, torch.float32)
-    biases = Biases.of(matrix, query.to(wide), key)
-    kind, weight, constant = DOT, None, None
+    biases = Biases.of(matrix, query, key)
+    kind, scale, weight, constant = DOT, 1.0, None, None
     if isinstance(score, Additive):
         kind, query, key, weight, constant = _additive(score, query, key, wide)
     elif isinstance(score, Distance):
-        scale = torch.as_tensor(score.scale, dtype=wide)
-        kind, weight = DISTANCE, -scale[..., None].expand(*scale.shape, query.shape[-1])
+        factor = torch.as_tensor(score.scale, dtype=wide)
+        kind, weight = DISTANCE, -factor[..., None].expand(*factor.shape, query.shape[-1])
     elif isinstance(score, PositionOnly):
         query, key = query[..., :0], key[..., :0]
-    elif isinstance(scale := score.scale, Tensor):  # type: ignore[attr-defined]
-        query = query.to(wide)
-        query = query * per_head(scale, query)
+    else:
+        query, scale = _scaled(matrix, query, bool(biases.channels))
+    if biases.channels:
+        of_query, of_key = zip(*biases.channels, strict=True)
+        query, key = _side_by_side(query, of_query), _side_by_side(key, of_key)
     sink = matrix.normalizer.sink if isinstance(matrix.normalizer, Softmax) else None
     left, offset, band = biases.bands[0] if biases.bands else (0, 0, None)
-    return Kind(kind, left, offset), Tensors(
+    return Kind(kind, scale, left, offset), Tensors(
         query,
         key,
         weight,
@@ -137,6 +152,24 @@ def tensors(matrix: Attention) -> tuple[Kind, Tensors]:
         band,
         None if sink is None else torch.as_tensor(sink, dtype=wide),
     )
+
+
+def _scaled(matrix: Attention, query: Tensor, at_once: bool) -> tuple[Tensor, float]:
+    """The query of a dot product, and what the kernel has yet to multiply it by."""
+    scale = matrix.score.scale  # type: ignore[attr-defined]
+    scale = max(matrix.query.shape[-1], 1) ** -0.5 if scale is None else scale
+    if not isinstance(scale, Tensor) and not at_once:
+        return query, float(scale)
+    query = _wide(query)
+    return query * (per_head(scale, query) if isinstance(scale, Tensor) else scale), 1.0
+
+
+def _side_by_side(vectors: Tensor, channels: tuple[Tensor, ...]) -> Tensor:
+    """Vectors with further channels; their batch and head axes broadcast."""
+    vectors = _wide(vectors)
+    parts = [vectors, *(channel.to(vectors.dtype) for channel in channels)]
+    batch = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))
+    return torch.cat([part.expand(*batch, -1, -1) for part in parts], -1)
 
 
 def _additive(
@@ -182,12 +215,9 @@ def mask(matrix: Attention) -> tuple[Tensor | None, ...]:
 def numbers(matrix: Attention, kind: Kind) -> cpu.Numbers:
     """What is not a tensor; kind: of the score, as `tensors` says."""
     score, normalizer, dropout = matrix.score, matrix.normalizer, matrix.dropout
-    scale, softcap, slope = 1.0, 0.0, 0.0
+    softcap, slope = 0.0, 0.0
     if isinstance(score, Additive):
         slope = score.slope if score.activation == "leaky_relu" else 0.0
-    elif isinstance(score, (Dot, Bilinear, Cosine)) and not isinstance(score.scale, Tensor):
-        given = score.scale
-        scale = max(matrix.query.shape[-1], 1) ** -0.5 if given is None else float(given)
     if isinstance(score, Dot) and score.softcap is not None:
         softcap = float(score.softcap)
     runs = matrix.runs
@@ -199,7 +229,7 @@ def numbers(matrix: Attention, kind: Kind) -> cpu.Numbers:
         mean=isinstance(normalizer, Relu) and normalizer.mean,
         seed=0 if dropout is None else int(dropout.seed),
         threshold=0 if dropout is None else dropout.threshold,
-        scale=scale,
+        scale=kind.scale,
         softcap=softcap,
         slope=slope,
         norm_bias=float(normalizer.bias) if isinstance(normalizer, Sigmoid) else 0.0,
@@ -207,3 +237,7 @@ def numbers(matrix: Attention, kind: Kind) -> cpu.Numbers:
         band_left=kind.band_left,
         band_offset=kind.band_offset,
     )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -68,9 +68,12 @@ class Position(Part):
     ) -> tuple[Tensor, Tensor] | None:
         """The bias of `on_score` as a dot product of further channels, if it is one.
 
-        An identity that a form may use where scores are dot products.
+        An identity that a form may use where scores are dot products. `query` and `key` are what
+        `on_score` sees.
 
-        [*batch, heads, n, c] of the queries and [*batch, key heads or 1, m, c] of the keys.
+        [*batch, heads, n, c] of the queries at i [n] and [*batch, key heads or 1, m, c] of the keys
+        at j [m]. What both sides depend on, as cos w (i - j) does on w, gets a gradient that is the
+        difference of two sums over positions, and loses digits by that.
         """
         return None
 
