@@ -30,7 +30,9 @@ struct State {
 
   // Logits to weights relative to the peak, in place; returns whether earlier sums must decay.
   bool absorb(const Problem& p, const Visible<T>& v, T* tile) {
-    return p.norm == Norm::softmax ? absorb_softmax(v, tile) : absorb_by_pair(p, v, tile);
+    if (p.norm == Norm::softmax) return absorb_softmax(v, tile);
+    p.norm == Norm::row_sum ? absorb_sum(v, tile) : absorb_by_pair(p, v, tile);
+    return false;
   }
 
  private:
@@ -65,17 +67,36 @@ struct State {
     return moved;
   }
 
-  bool absorb_by_pair(const Problem& p, const Visible<T>& v, T* tile) {
+  void absorb_sum(const Visible<T>& v, T* tile) {
+    for (int g = 0; g < v.GROUPS; ++g)
+      for (int q = 0; q < v.vectors(); ++q) {
+        const int lane = g * GROUP<T> + q * W<T>;
+        T* at = tile + g * PANEL<T> + q * W<T>;
+        Vec<T> sums[FEW] = {};
+        for (int j = v.begin[g]; j < v.end[g]; ++j) {
+          const Vec<T> logit = load(at + j * GROUP<T>), weight = logit == -INF<T> ? Vec<T>{} : logit;
+          store(at + j * GROUP<T>, weight);
+          sums[j % FEW] += weight;
+        }
+        store(total + lane, load(total + lane) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+      }
+  }
+
+  void absorb_by_pair(const Problem& p, const Visible<T>& v, T* tile) {
     const T bias = T(p.norm_bias);
     over(v, [&](int, int at, int q) {
       const Vec<T> logit = load(tile + at);
-      store(tile + at, p.norm == Norm::sigmoid ? sigmoid<T>(logit + bias) : max(logit, Vec<T>{}));
+      if (p.norm == Norm::sigmoid)
+        store(tile + at, sigmoid<T>(logit + bias));
+      else if (p.norm == Norm::relu)
+        store(tile + at, max(logit, Vec<T>{}));
+      else
+        store(tile + at, logit == -INF<T> ? Vec<T>{} : logit);
       if (p.mean) {
         const Vec<T> one = logit == -INF<T> ? Vec<T>{} : splat(T(1));
         store(total + q * W<T>, load(total + q * W<T>) + one);
       }
     });
-    return false;
   }
 };
 
@@ -94,11 +115,21 @@ struct Finished {
     }
   }
 
+  // Signed weights of 0 do not tell whether the pair is there: -0 is one that is not.
+  static __attribute__((always_inline)) Vec<T> present(Vec<T> logit, Vec<T> factor) {
+    return logit == -INF<T> ? splat(T(-0.0)) : logit * factor + Vec<T>{};
+  }
+  static __attribute__((always_inline)) Bits<T> absent(Vec<T> weight) {
+    return as_bits<T>(weight) == as_bits<T>(splat(T(-0.0)));
+  }
+
   // The weight of a vector of logits of the tile's vector q.
   __attribute__((always_inline)) Vec<T> weight(const Problem& p, Vec<T> logit, int q) const {
     if (p.norm == Norm::softmax)
       return exp<T>(logit - load(peak + q * W<T>)) * load(inverse + q * W<T>);
     if (p.norm == Norm::sigmoid) return sigmoid<T>(logit + T(p.norm_bias));
+    if (p.norm == Norm::row_sum) return present(logit, load(inverse + q * W<T>));
+    if (p.norm == Norm::identity) return present(logit, splat(T(1)));
     return max(logit, Vec<T>{}) * (p.mean ? load(inverse + q * W<T>) : splat(T(1)));
   }
 };
@@ -182,7 +213,8 @@ static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, uint6
         state.peak[i] = top;
       }
       factor[i] = state.total[i] == 0 ? 0 : factor[i] / state.total[i];
-    } else if (p.mean) {
+    } else if (p.mean || p.norm == Norm::row_sum) {
+      if (p.norm == Norm::row_sum) state.total[i] += T(p.norm_bias);
       factor[i] = state.total[i] == 0 ? 0 : 1 / state.total[i];
     }
   }

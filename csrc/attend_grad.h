@@ -3,6 +3,7 @@
 // dweight_ij = left_i . value_j            dvalue_j = sum_i weight_ij left_i
 // softmax:  dlogit_ij = weight_ij (dweight_ij + drow_i),  drow_i = dtotal_i total_i - delta_i,
 //           delta_i = sum_j weight_ij dweight_ij
+// row_sum:  dlogit_ij = (dweight_ij + drow_i) / total_i
 // dquery_i = sum_j dlogit_ij dscore/dquery_i, and so for keys, biases and the score's own weight.
 //
 // reference  regard/form/dense.py::product        forward  attend.h
@@ -72,7 +73,8 @@ class Backward {
                     ? static_cast<const T*>(p.dtotal)[at] * static_cast<const T*>(p.total)[at]
                     : 0;
     }
-    const bool coupled = p.norm == Norm::softmax && p.value.kind != Kind::none;
+    const bool couples = p.norm == Norm::softmax || p.norm == Norm::row_sum;
+    const bool coupled = couples && p.value.kind != Kind::none;
     const int64_t kept = coupled ? sum_delta(rows) : 0;
     for (int64_t slot = 0; slot < kept; ++slot) push(rows, s.seen[slot], slot);
     if (kept < blocks || !coupled) {
@@ -145,11 +147,19 @@ class Backward {
     }
     for (int i = 0; i < ROWS; ++i) {
       if (rows.inverse[i] == 0) continue;  // a row without keys
-      T of_keys = 1;  // what the weights should sum to
-      if (p.sink.data)
-        of_keys -= exp<T>(splat(number_of<T>(p, p.sink, lane) - rows.peak[i]))[0] * rows.inverse[i];
-      const T ratio = whole[i] > 0 ? of_keys / whole[i] : 0;
-      delta[i] = delta[i] * ratio + center[i] * of_keys;
+      if (p.norm == Norm::row_sum) {
+        // Weights of both signs may sum to anything, but with that of eps to 1 up to rounding: so
+        // the products of logits and dlogits sum to what eps leaves of them.
+        const T spare = T(p.norm_bias) * rows.inverse[i];
+        delta[i] = center[i] + (delta[i] - center[i] * spare) / (whole[i] + spare);
+      } else {
+        T of_keys = 1;  // what the weights should sum to
+        if (p.sink.data)
+          of_keys -=
+              exp<T>(splat(number_of<T>(p, p.sink, lane) - rows.peak[i]))[0] * rows.inverse[i];
+        const T ratio = whole[i] > 0 ? of_keys / whole[i] : 0;
+        delta[i] = delta[i] * ratio + center[i] * of_keys;
+      }
       drow[i] -= delta[i];
     }
     if (p.delta)
@@ -189,8 +199,14 @@ class Backward {
         dlogit = weight * (dweight + load(drow + q * W<T>));
       else if (p.norm == Norm::sigmoid)
         dlogit = dweight * weight * (1 - weight);
+      else if (p.norm == Norm::row_sum)
+        dlogit = (dweight + load(drow + q * W<T>)) * load(rows.inverse + q * W<T>);
+      else if (p.norm == Norm::identity)
+        dlogit = dweight;
       else
         dlogit = weight > 0 ? dweight * (p.mean ? load(rows.inverse + q * W<T>) : splat(T(1))) : Vec<T>{};
+      if (p.norm == Norm::row_sum || p.norm == Norm::identity)
+        dlogit = rows.absent(weight) ? Vec<T>{} : dlogit;
       store(dw + at, dlogit);
       if (p.dropout.lanes) store(w + at, weight * s.logits.drop_factor(p, v.first + j, q));
     });

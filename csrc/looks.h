@@ -22,8 +22,8 @@ struct Best {
       : k(k), weights(arena.take<T>(ROWS * k)), columns(arena.take<int64_t>(ROWS * k)) {}
 
   void start() {
-    for (int64_t x = 0; x < ROWS * k; ++x) weights[x] = -1, columns[x] = -1;
-    for (T& one : least) one = k ? T(-0.5) : INF<T>;  // hidden pairs come as -1
+    for (int64_t x = 0; x < ROWS * k; ++x) weights[x] = -INF<T>, columns[x] = -1;
+    for (T& one : least) one = k ? -INF<T> : INF<T>;  // hidden pairs come as -inf
   }
 
   // Lanes whose largest weight of a block does not enter the list are not looked at further.
@@ -86,6 +86,7 @@ struct RowSums {
           const Vec<T> logit = load(at + j * GROUP<T>);
           Vec<T> weight = rows.weight(p, logit, q);
           if (p.dropout.lanes) weight *= s.logits.drop_factor(p, v.first + j, q);
+          weight = max(weight, -weight);
           sum += weight;
           if (p.looking.what == Look::entropy) {
             // log of a weight without a logarithm; of a weight 0 it counts as 0.
@@ -104,22 +105,25 @@ struct RowSums {
 
 // Adds a tile's weights to cells of side x side pairs: to[row / side][column / side].
 template <class T>
-static void pool(const Problem& p, const LookScratch<T>& s, const Visible<T>& v, T* to, int64_t row) {
+static void pool(const Problem& p, const LookScratch<T>& s, const Visible<T>& v, T* to, int64_t* seen,
+                 int64_t row) {
   const int64_t side = p.looking.number, across = (p.m + side - 1) / side;
   const bool most = p.looking.what == Look::pool_max;
   for (int g = 0; g < v.GROUPS; ++g)
     for (int q = 0; q < v.vectors(); ++q) {
       const T* at = s.tile + g * PANEL<T> + q * W<T>;
       for (int j = v.begin[g]; j < v.end[g];) {
-        const int64_t cell = (v.first + j) / side, stop = (cell + 1) * side - v.first;
-        Vec<T> gathered{};
+        const int64_t cell = (v.first + j) / side, stop = (cell + 1) * side - v.first, start = j;
+        Vec<T> gathered = splat(most ? -INF<T> : 0);
         for (; j < v.end[g] && j < stop; ++j) {
           const Vec<T> weight = load(at + j * GROUP<T>);
           gathered = most ? max(weight, gathered) : gathered + weight;
         }
         const int lane = g * GROUP<T> + q * W<T>;
         for (int u = 0; u < W<T> && lane + u < s.logits.count; ++u) {
-          T& home = to[(row + lane + u) / side * across + cell];
+          const int64_t place = (row + lane + u) / side * across + cell;
+          T& home = to[place];
+          if (seen) seen[place] += j - start;
           home = most ? (gathered[u] > home ? gathered[u] : home) : home + gathered[u];
         }
       }
@@ -158,17 +162,20 @@ static void look(const Problem& p, int64_t item, void* memory) {
         sums.take(p, rows, s, v);
         continue;
       }
-      const T hidden = p.looking.what == Look::topk ? -1 : 0;
+      const T hidden = p.looking.what == Look::topk ? -INF<T> : 0;
       over(v, [&](int j, int place, int q) {
         const Vec<T> logit = load(s.tile + place);
         Vec<T> weight = rows.weight(p, logit, q);
         if (p.dropout.lanes) weight *= s.logits.drop_factor(p, v.first + j, q);
         store(s.tile + place, logit == -INF<T> ? splat(hidden) : weight);
       });
-      if (p.looking.what == Look::topk)
+      if (p.looking.what == Look::topk) {
         s.best.take(v, s.tile);
-      else
-        pool(p, s, v, first + (lane * ((p.n + k - 1) / k) + begin / k) * ((p.m + k - 1) / k), row - begin);
+        continue;
+      }
+      const int64_t place = (lane * ((p.n + k - 1) / k) + begin / k) * ((p.m + k - 1) / k);
+      int64_t* seen = static_cast<int64_t*>(p.looking.second);
+      pool(p, s, v, first + place, seen ? seen + place : nullptr, row - begin);
     }
     if (p.looking.what == Look::topk) {
       for (int64_t x = 0; x < count * k; ++x) {

@@ -178,9 +178,9 @@ class Logits {
     if (p.softcap) {
       const T cap = T(p.softcap), inverse = T(1 / p.softcap);
       over(v, [&](int, int at, int) {
-        const Vec<T> bent = tanh<T>(load(logits + at) * inverse);
-        store(logits + at, bent * cap);
-        if (slopes) store(slopes + at, 1 - bent * bent);
+        Vec<T> slope;
+        store(logits + at, tanh<T>(load(logits + at) * inverse, slopes ? &slope : nullptr) * cap);
+        if (slopes) store(slopes + at, slope);
       });
     }
     if (p.toeplitz.data)

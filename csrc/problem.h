@@ -17,7 +17,7 @@ constexpr int GRADIENT_STEP = 16;  // rows of dkey, dvalue and dweight are padde
 enum class Kind : int { none, f32, f64, bf16, f16 };
 enum class Score : int { dot, distance, leaky, reciprocal, tanh };
 enum class Look : int { entropy, distance, topk, pool_mean, pool_max };
-enum class Norm : int { softmax, sigmoid, relu };
+enum class Norm : int { softmax, sigmoid, relu, row_sum, identity };
 
 // Numbers [*batch, heads, rows, columns] somewhere in memory; strides count elements.
 struct Operand {
@@ -50,7 +50,8 @@ struct Looking {
   int64_t number = 1;  // k, or the side of a cell
   int64_t offset = 0;  // of the rows, for distances
   // entropy, distance: sum |w| and sum |w| log |w|, or |w| times the distance, [lanes, n] each.
-  // topk: weights T and columns int64, [lanes, n, k]. pool: [lanes, n / side, m / side] and null.
+  // topk: weights T and columns int64, [lanes, n, k]. pool: [lanes, n / side, m / side], of the
+  // largest beside how many pairs were seen, int64.
   void *first = nullptr, *second = nullptr;
 };
 
@@ -61,7 +62,8 @@ struct Problem {
   int axes = 0;
   int64_t size[AXES] = {};
   int64_t lanes = 0, n = 0, m = 0, d = 0, e = 0;
-  double scale = 1, softcap = 0, slope = 0, norm_bias = 0;
+  double scale = 1, softcap = 0, slope = 0;
+  double norm_bias = 0;  // sigmoid: added to logits; row_sum: added to the sum
   bool mean = false;  // relu: divide by the number of visible keys
 
   Operand query, key, value;

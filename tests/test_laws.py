@@ -24,8 +24,7 @@ PRODUCTS = ("dot", "bilinear", "cosine", "position only")
 
 def applies(form: str, score: str, normalizer: str, position: str = "none") -> bool:
     """Whether a form has these parts; those that it lacks are named here, and it must say so."""
-    lacks = score in ("gelu", "own function") or normalizer in ("row sum", "identity")
-    lacks = lacks or position in ("fire", "cope")
+    lacks = score in ("gelu", "own function") or position in ("fire", "cope")
     # Further channels are those of a product.
     lacks = lacks or (position == "transformer-xl" and score not in PRODUCTS)
     return form != "fused" or not lacks

@@ -93,8 +93,8 @@ def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
     pairs = counts[0][:, None] * counts[1]
     if fused.needs(matrix) is None:
         what = Look.POOL_MEAN if reduce == "mean" else Look.POOL_MAX
-        pooled, _ = fused.look(matrix, what, size)
-        return pooled / pairs if reduce == "mean" else pooled
+        pooled, reached = fused.look(matrix, what, size)
+        return pooled / pairs if reduce == "mean" else _with_hidden(pooled, reached < pairs)
     _, each = _tiles(matrix)
     cells = [-(-length // size) for length in (n, m)]
     start = 0.0 if reduce == "mean" else -torch.inf
@@ -117,8 +117,12 @@ def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
         place.copy_(place + parts[0] if reduce == "mean" else torch.maximum(place, parts[0]))
     if reduce == "mean":
         return pooled / pairs
-    # A pair that no tile reaches is not visible and has weight 0.
-    return torch.where(reached < pairs, pooled.clamp(min=0), pooled)
+    return _with_hidden(pooled, reached < pairs)
+
+
+def _with_hidden(largest: Tensor, some: Tensor) -> Tensor:
+    """A pair that no tile reaches is not visible and has weight 0."""
+    return torch.where(some, largest.clamp(min=0), largest)
 
 
 def _shrink(part: Tensor, axis: int, start: int, size: int, reduce: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from regard import errors
 from regard.form import separable
 from regard.kernel import cpu
-from regard.normalizer import Normalizer, Relu, Sigmoid, Softmax
+from regard.normalizer import Identity, Normalizer, Relu, RowSum, Sigmoid, Softmax
 from regard.part import per_head
 from regard.position.base import Band, Bias, Position, terms
 from regard.position.toeplitz import Toeplitz
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # As in csrc/problem.h.
 DOT, DISTANCE, LEAKY, RECIPROCAL, TANH = range(5)
-NORMALIZERS: dict[type[Normalizer], int] = {Softmax: 0, Sigmoid: 1, Relu: 2}
+KNOWN: tuple[type[Normalizer], ...] = (Softmax, Sigmoid, Relu, RowSum, Identity)
+NORMALIZERS = {kind: number for number, kind in enumerate(KNOWN)}
 SCORES: tuple[type[Score], ...] = (Dot, Bilinear, Cosine, Distance, PositionOnly, Additive)
 ACTIVATIONS = ("tanh", "sigmoid", "leaky_relu", "relu")
 
@@ -232,11 +233,17 @@ def numbers(matrix: Attention, kind: Kind) -> cpu.Numbers:
         scale=kind.scale,
         softcap=softcap,
         slope=slope,
-        norm_bias=float(normalizer.bias) if isinstance(normalizer, Sigmoid) else 0.0,
+        norm_bias=_norm_bias(normalizer),
         factor=1.0 if dropout is None else 1 / (1 - dropout.probability),
         band_left=kind.band_left,
         band_offset=kind.band_offset,
     )
+
+
+def _norm_bias(normalizer: Normalizer) -> float:
+    if isinstance(normalizer, RowSum):
+        return float(normalizer.eps)
+    return float(normalizer.bias) if isinstance(normalizer, Sigmoid) else 0.0
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -201,8 +201,9 @@ def look(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """What was asked about each row or cell, see `Looking` in csrc/problem.h."""
     inputs, numbers = _in_lines(Inputs(*arguments[:TENSORS])), Numbers(*arguments[TENSORS:-3])
     first, second = look_fake(peak, total, *arguments)
-    if first.numel() and arguments[-3] in (Look.POOL_MEAN, Look.POOL_MAX):
-        first.zero_()
+    if arguments[-3] in (Look.POOL_MEAN, Look.POOL_MAX):
+        first.fill_(0 if arguments[-3] == Look.POOL_MEAN else -math.inf)
+        second.zero_()
     problem = _problem(inputs, numbers, 0, with_value=False)
     problem.rows(peak.data_ptr(), total.data_ptr(), 0, 0)
     problem.look(*arguments[-3:], first.data_ptr(), second.data_ptr())
@@ -218,7 +219,9 @@ def look_fake(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Ten
         return peak.new_empty((*rows, number)), peak.new_empty((*rows, number), dtype=torch.int64)
     if what in (Look.POOL_MEAN, Look.POOL_MAX):
         cells = -(-n // number), -(-m // number)
-        return peak.new_empty((*rows[:-1], *cells)), peak.new_empty(0)
+        cells = *rows[:-1], *cells
+        seen = peak.new_empty(cells if what == Look.POOL_MAX else 0, dtype=torch.int64)
+        return peak.new_empty(cells), seen
     return peak.new_empty(rows), peak.new_empty(rows)
 
 
