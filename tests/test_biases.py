@@ -196,6 +196,18 @@ def test_channels_belong_to_a_product(score):
     assert matrix.explain().form == "tiled"
 
 
+def test_lanes_that_share_the_band_of_one_row_are_added_up():
+    draw = laws.Draw(6, torch.float64)
+    query, key, value = draw.normal(40, 4, 1, 5), draw.normal(40, 4, 30, 5), draw.normal(4, 30, 3)
+    matrix = attention(query, key, position=Given(draw.normal(1, 9), 4, 15))
+    torch.set_num_threads(3)
+    try:
+        got = laws.results(matrix, value, "fused")
+    finally:
+        torch.set_num_threads(1)
+    assert_rounding(got, laws.results(matrix, value, "dense"), 1)
+
+
 def test_looks_see_a_band():
     draw = laws.Draw(3, torch.float64)
     position = Shaw(draw.normal(2, 31, 4), 20)

@@ -36,6 +36,8 @@ CASES = [
     Case("tanh", "alibi + row bias", "dense", "softmax", SIZES, 3),
     Case("leaky_relu", "none", "documents", "relu mean", SIZES, 4),
     Case("cosine", "bias", "padding", "softmax plus one", SIZES, 6),
+    Case("bilinear", "transformer-xl", "window", "identity", SIZES, 8),
+    Case("relu", "none", "causal window", "row sum", SIZES, 9),
 ]
 
 

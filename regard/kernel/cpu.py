@@ -202,8 +202,7 @@ def look(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, numbers = _in_lines(Inputs(*arguments[:TENSORS])), Numbers(*arguments[TENSORS:-3])
     first, second = look_fake(peak, total, *arguments)
     if arguments[-3] in (Look.POOL_MEAN, Look.POOL_MAX):
-        first.fill_(0 if arguments[-3] == Look.POOL_MEAN else -math.inf)
-        second.zero_()
+        first.fill_(0 if arguments[-3] == Look.POOL_MEAN else -math.inf), second.zero_()
     problem = _problem(inputs, numbers, 0, with_value=False)
     problem.rows(peak.data_ptr(), total.data_ptr(), 0, 0)
     problem.look(*arguments[-3:], first.data_ptr(), second.data_ptr())
@@ -218,8 +217,7 @@ def look_fake(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     if what == Look.TOPK:
         return peak.new_empty((*rows, number)), peak.new_empty((*rows, number), dtype=torch.int64)
     if what in (Look.POOL_MEAN, Look.POOL_MAX):
-        cells = -(-n // number), -(-m // number)
-        cells = *rows[:-1], *cells
+        cells = *rows[:-1], -(-n // number), -(-m // number)
         seen = peak.new_empty(cells if what == Look.POOL_MAX else 0, dtype=torch.int64)
         return peak.new_empty(cells), seen
     return peak.new_empty(rows), peak.new_empty(rows)
@@ -241,10 +239,9 @@ def _split(inputs: Inputs, numbers: Numbers, wanted: Sequence[bool]) -> _Split:
     shares = [heads // max(_heads(x), 1) for x in (inputs.key, inputs.value)]
     group = math.gcd(*shares) if heads else 1
     groups = lanes // max(group, 1)
-    by_rows = any(
-        wanted_ and bias is not None and bias.shape[-2] > 1 and math.prod(bias.shape[:-2]) < lanes
-        for wanted_, bias in zip(wanted[5:7], (inputs.bias, inputs.band), strict=True)
-    )
+    bias = inputs.bias if wanted[5] and inputs.bias.shape[-2] > 1 else None  # type: ignore[union-attr]
+    of_rows = bias, inputs.band if wanted[6] else None
+    by_rows = any(x is not None and math.prod(x.shape[:-2]) < lanes for x in of_rows)
     tiles = max(-(-inputs.query.shape[-2] // extension_.ROWS), 1)
     uneven = groups % threads and groups < 4 * threads
     chunks = min(threads if by_rows or uneven else 1, tiles)
