@@ -10,14 +10,13 @@ give the number of keys before them, which is never guessed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from regard import errors
 from regard.part import Part
-from regard.runs import Runs
+from regard.runs import Runs, compile_mask
 
 
 class Mask(Part):
@@ -48,18 +47,6 @@ class Mask(Part):
 
     def __invert__(self) -> Mask:
         return Not(self)
-
-
-def compile_mask(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
-    """The runs of a mask; masks without tensors are compiled once and kept."""
-    if mask.tensors():  # a tensor may change in place between two calls
-        return mask.runs(rows, columns, device)
-    return _compiled(mask, rows, columns, device)
-
-
-@lru_cache(maxsize=32)
-def _compiled(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
-    return mask.runs(rows, columns, device)
 
 
 @dataclass(frozen=True, repr=False)
@@ -309,13 +296,18 @@ class _Pair(Mask):
         self.one.check(rows, columns)
         self.other.check(rows, columns)
 
+    def _both(self, rows: int, columns: int, device: torch.device) -> tuple[Runs, Runs]:
+        one, other = (compile_mask(x, rows, columns, device) for x in (self.one, self.other))
+        return one, other
+
 
 @dataclass(frozen=True, repr=False)
 class And(_Pair):
     """Visible where both masks say so; written `one & other`."""
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        return self.one.runs(rows, columns, device) & self.other.runs(rows, columns, device)
+        one, other = self._both(rows, columns, device)
+        return one & other
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.one, Or)} & {_bracketed(self.other, Or)}"
@@ -326,7 +318,8 @@ class Or(_Pair):
     """Visible where either mask says so; written `one | other`."""
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        return self.one.runs(rows, columns, device) | self.other.runs(rows, columns, device)
+        one, other = self._both(rows, columns, device)
+        return one | other
 
     def __repr__(self) -> str:
         return f"{self.one!r} | {self.other!r}"
@@ -345,7 +338,7 @@ class Not(Mask):
         self.mask.check(rows, columns)
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        return ~self.mask.runs(rows, columns, device)
+        return ~compile_mask(self.mask, rows, columns, device)
 
     def __repr__(self) -> str:
         return f"~{_bracketed(self.mask, (And, Or))}"

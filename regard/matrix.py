@@ -13,13 +13,13 @@ from torch import Tensor
 from regard import errors
 from regard.custom import Custom, PairFunction
 from regard.dropout import Dropout
-from regard.mask import Compiled, Dense, Mask, compile_mask
+from regard.mask import Compiled, Dense, Mask
 from regard.normalizer import Normalizer, Softmax
 from regard.opaque import Factor, opaque, opaque_unless, product_in_graph
 from regard.part import Index
 from regard.position.base import Position
 from regard.rule import Rule
-from regard.runs import Runs
+from regard.runs import Runs, compile_mask
 from regard.score import Dot, Score
 from regard.transposed import Transposed
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from regard.part import Index, narrow, positions
+
+if TYPE_CHECKING:
+    from regard.mask import Mask
 
 
 class Span(NamedTuple):
@@ -274,6 +278,32 @@ class Runs:
             _offsets(counts),
             *_small(start - base, stop - base),
         )
+
+
+def compile_mask(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
+    """The runs of a mask, which are kept: of rules without tensors, and of masks that live.
+
+    Those of tensors are made again where torch counts that one was written to, which it does not
+    for inference tensors, nor for writes through NumPy or `.data`.
+    """
+    tensors = mask.tensors()
+    if not tensors:
+        return _of_rule(mask, rows, columns, device)
+    if any(tensor.is_inference() for tensor in tensors):
+        return mask.runs(rows, columns, device)
+    found = rows, columns, device, tuple(tensor._version for tensor in tensors)
+    known = _of_tensors.get(mask)
+    if known is None or known[0] != found:
+        known = _of_tensors[mask] = found, mask.runs(rows, columns, device)
+    return known[1]
+
+
+_of_tensors: WeakKeyDictionary[Mask, tuple[Any, Runs]] = WeakKeyDictionary()
+
+
+@lru_cache(maxsize=32)
+def _of_rule(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
+    return mask.runs(rows, columns, device)
 
 
 def _combine(one: Runs, other: Runs, need: int) -> Runs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +227,31 @@ def test_a_negative_view_is_read_as_the_numbers_it_stands_for():
         attention(query, key, normalizer=Softmax(sink=torch._neg_view(torch.randn(2)))),
     ):
         assert torch.allclose(matrix @ value, matrix.matmul(value, form="dense"), atol=1e-6)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("make", [Padding, lambda keep: Causal() & ~Padding(keep)])
+def test_a_mask_that_is_written_to_is_another_mask(make, inference):
+    """Its runs are kept from matrix to matrix; writes to inference tensors are silent."""
+    with torch.inference_mode(inference):
+        keep, x = torch.tensor([True, False, True]), normal(3, 2)
+        mask = make(keep)
+        before = attention(x, x, mask=mask)
+        assert (before.runs is attention(x, x, mask=mask).runs) is not inference
+        keep.logical_not_()
+        after, fresh = (attention(x, x, mask=m).dense() for m in (mask, make(keep.clone())))
+        assert torch.equal(after, fresh)
+        assert not torch.equal(after, before.dense())
+
+
+def test_runs_live_as_long_as_their_mask():
+    from regard.runs import _of_tensors
+
+    before, mask = len(_of_tensors), Causal() & Padding(torch.ones(3, dtype=torch.bool))
+    assert attention(normal(3, 2), normal(3, 2), mask=mask).runs is not None
+    assert len(_of_tensors) == before + 2
+    copied = copy.deepcopy(mask)
+    copied.other.keep[1] = False
+    assert attention(normal(3, 2), normal(3, 2), mask=copied).runs.counts().tolist() == [1, 1, 2]
+    del mask, copied
+    assert len(_of_tensors) == before

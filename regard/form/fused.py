@@ -206,7 +206,7 @@ class _Product(FirstOrder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if known is None:
             return _forward(transposed, *arguments)
-        query, key, x, batch = *arguments[:3], arguments[11]
+        query, key, x, batch = *arguments[:3], arguments[cpu.TENSORS]
         length = (key if transposed else query).shape[-2]
         output = x.new_empty((*batch, length, x.shape[-1]))  # nobody reads it
         return output, known.peak.detach(), known.total.detach()
