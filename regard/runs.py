@@ -284,7 +284,8 @@ def compile_mask(mask: Mask, rows: int, columns: int, device: torch.device) -> R
     """The runs of a mask, which are kept: of rules without tensors, and of masks that live.
 
     Those of tensors are made again where torch counts that one was written to, which it does not
-    for inference tensors, nor for writes through NumPy or `.data`.
+    for inference tensors, nor for writes through NumPy or `.data`. What is kept is no inference
+    tensor, so that a matrix may be differentiated whose mask was first used in inference mode.
     """
     tensors = mask.tensors()
     if not tensors:
@@ -294,7 +295,8 @@ def compile_mask(mask: Mask, rows: int, columns: int, device: torch.device) -> R
     found = rows, columns, device, tuple(tensor._version for tensor in tensors)
     known = _of_tensors.get(mask)
     if known is None or known[0] != found:
-        known = _of_tensors[mask] = found, mask.runs(rows, columns, device)
+        with torch.inference_mode(False):
+            known = _of_tensors[mask] = found, mask.runs(rows, columns, device)
     return known[1]
 
 
@@ -303,7 +305,8 @@ _of_tensors: WeakKeyDictionary[Mask, tuple[Any, Runs]] = WeakKeyDictionary()
 
 @lru_cache(maxsize=32)
 def _of_rule(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
-    return mask.runs(rows, columns, device)
+    with torch.inference_mode(False):
+        return mask.runs(rows, columns, device)
 
 
 def _combine(one: Runs, other: Runs, need: int) -> Runs:

@@ -227,10 +227,10 @@ def test_two_bands_are_not_known():
     assert attention(x, x, position=position + position).explain().form == "tiled"
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_band_must_fit_the_matrix(rows):
+@pytest.mark.parametrize("shape", [(1, 9), (4, 9), (5, 0)])
+def test_a_band_must_fit_the_matrix(shape):
     x = torch.randn(2, 5, 4)
-    position = Given(torch.randn(rows, 9), 4, 0)
+    position = Given(torch.randn(shape), 4, 0)
     with pytest.raises(ShapeError, match=r"has a band of shape .* it must be \(2, 5\) and the"):
         attention(x, x, position=position).matmul(x, form="fused")
 

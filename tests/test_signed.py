@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_laws import assert_rounding
 
-from regard import Bias, Causal, Dropout, Identity, RowSum, Window, attention
+from regard import Bias, Causal, Dropout, Identity, PositionOnly, RowSum, Window, attention
 from regard.form import FORMS
 from regard.kernel import extension
 
@@ -73,6 +73,19 @@ def test_a_row_that_sums_to_zero_has_no_weights():
     output = matrix.matmul(torch.eye(2), form="fused")
     assert torch.equal(output, torch.zeros(2, 2))
     assert torch.equal(*torch.autograd.grad(output.sum(), [x]), torch.zeros(2, 1))
+
+
+def test_a_weight_of_minus_zero_is_there():
+    """0 of a row whose sum is negative has a gradient; a hidden pair has none."""
+    bias = torch.tensor([[0.0, -2.0, -torch.inf]], requires_grad=True)
+    zeros, position = torch.zeros(3, 1), Bias(bias)
+    parts = {"score": PositionOnly(), "position": position, "normalizer": RowSum()}
+    matrix = attention(zeros, zeros, **parts)
+    value = torch.tensor([[1.0], [3.0], [5.0]])
+    output = matrix.matmul(value, form="fused")
+    assert torch.equal(output, torch.full((3, 1), 3.0))
+    gradient = torch.autograd.grad(output.sum(), bias)[0]
+    assert torch.equal(gradient, torch.tensor([[3.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -244,6 +244,20 @@ def test_a_mask_that_is_written_to_is_another_mask(make, inference):
         assert not torch.equal(after, before.dense())
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [Causal(-9) | Window(1, 0), Padding(torch.tensor([True, False, True]))],
+    ids=["rule", "tensor"],
+)
+def test_a_mask_first_used_in_inference_mode_may_be_trained_with(mask):
+    x = normal(3, 2)
+    with torch.inference_mode():
+        expected = attention(x, x, mask=mask) @ x
+    output = attention(x.requires_grad_(), x, mask=mask) @ x
+    assert torch.autograd.grad(output.sum(), x)[0].isfinite().all()
+    torch.testing.assert_close(output.detach(), expected.clone())
+
+
 def test_runs_live_as_long_as_their_mask():
     from regard.runs import _of_tensors
 

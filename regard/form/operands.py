@@ -94,11 +94,12 @@ class Biases(NamedTuple):
 
 def _checked(part: Position, band: Band, rows: int, batch: tuple[int, ...]) -> Band:
     given = band.table.shape
-    if band.table.dim() < 2 or given[-2] != rows or not errors.fits(given[:-2], batch):
+    fits = len(given) > 1 and given[-2] == rows and errors.fits(given[:-2], batch)
+    if not fits or given[-1] < 1:
         raise errors.ShapeError(
             f"{part} has a band of shape {errors.show(given)}; for these queries it must be "
-            f"{errors.show((*batch, rows))} and the band's width, or what broadcasts to the axes "
-            "before the rows."
+            f"{errors.show((*batch, rows))} and the band's width, 1 or more, or what broadcasts to "
+            "the axes before the rows."
         )
     return band
 
