@@ -52,7 +52,8 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     scratch = cpu.scratch_bytes(matrix.query.shape[-1], matrix.key.shape[-1], size)
     rows = 2 * matrix.shape[:-1].numel() * size
     name = f"compiled kernels for {cpu.instruction_set()}, running normalizer, backward recomputes"
-    return name, scratch + rows, cpu.rows_of_a_tile()
+    memory = scratch + rows + operands.bytes_made(matrix)
+    return name, memory, cpu.rows_of_a_tile()
 
 
 def product(matrix: Attention, value: Tensor) -> Tensor:

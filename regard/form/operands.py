@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -42,8 +43,7 @@ def needs(matrix: Attention) -> str | None:
 
 
 def _needs_biases(matrix: Attention) -> str | None:
-    no_rows = matrix.rule.operands(matrix.query[..., :0, :], matrix.key[..., :0, :])
-    biases = Biases.of(matrix, *no_rows)
+    biases = Biases.of(matrix, *_no_rows(matrix))
     if biases.others:
         return f"has no kernel for the position {biases.others[0]}."
     if len(biases.explicit) > 1:
@@ -53,6 +53,27 @@ def _needs_biases(matrix: Attention) -> str | None:
     if biases.channels and not _is_product(matrix.score):
         return f"has no kernel for the position {matrix.position} with the score {matrix.score}."
     return None
+
+
+def _no_rows(matrix: Attention) -> tuple[Tensor, Tensor]:
+    return matrix.rule.operands(matrix.query[..., :0, :], matrix.key[..., :0, :])
+
+
+def bytes_made(matrix: Attention) -> int:
+    """Of the tensors that a position's band and further channels are written to."""
+    if matrix.position is None:
+        return 0
+    query, key = _no_rows(matrix)
+    biases = Biases.of(matrix, query, key)
+    made = [(band.table, matrix.shape[-2]) for band in biases.bands]
+    if biases.channels:
+        of_query, of_key = zip(*biases.channels, strict=True)
+        made += [(_side_by_side(query, of_query), matrix.shape[-2])]
+        made += [(_side_by_side(key, of_key), matrix.shape[-1])]
+    return sum(
+        each.element_size() * length * math.prod((*each.shape[:-2], each.shape[-1]))
+        for each, length in made
+    )
 
 
 def _is_product(score: Score) -> bool:
