@@ -1,10 +1,12 @@
 """Tiles in compiled kernels: the same numbers as `tiled`, at the machine's speed, on a CPU.
 
-A matrix is translated to what the kernels know: a score by name, biases by i - j or by (i, j), runs
-of visible keys. What is done once per token (projections, rotations, norms, a learned scale) stays
-in PyTorch, and autograd takes gradients from there on.
+A matrix is translated to what the kernels know: a score by name, biases by i - j, by (i, j) or by a
+band of each row, runs of visible keys. What is done once per token (projections, rotations, norms,
+a learned scale, further channels for a bias that is a product) stays in PyTorch, and autograd takes
+gradients from there on.
 reference  regard/form/dense.py::product        kernels  csrc/attend.h, csrc/attend_grad.h
-memory     inputs, outputs, gradients, two numbers per row, and tiles (see the kernels' headers)
+memory     inputs, outputs, gradients, two numbers per row, bands or further channels where a
+           position has them, and tiles (see the kernels' headers)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A matrix as the compiled kernels know it: kinds by number, biases by offset or by pair, runs."""
+"""A matrix as the compiled kernels know it: kinds by number, biases, runs."""
 
 from __future__ import annotations
 
