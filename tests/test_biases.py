@@ -49,6 +49,8 @@ BANDS = {
     "narrow": (130, 200, 9, 4, 3, Causal()),
     "tails only": (70, 300, 5, 2, 1000, None),
     "far before": (70, 300, 5, 2, -1000, None),
+    "one pair short of the first": (64, 96, 5, 2, 96, None),
+    "one pair short of the last": (64, 96, 5, 2, -64, None),
     "as wide as a tile": (128, 192, 96, 32, 0, None),
     "wider": (70, 400, 300, 150, -20, Window(50, 60)),
     "to the left": (200, 200, 65, 64, 0, Causal()),
