@@ -23,11 +23,13 @@ def product(problem: Problem, tensors: Tensors) -> Prepared:
 
 
 def looks(problem: Problem, tensors: Tensors) -> Prepared:
-    """Regard: four ways of looking at one matrix."""
+    """Regard: four ways of looking at one matrix, and what comes with them."""
 
     def call() -> tuple[Tensor, ...]:
-        matrix = problem.matrix(tensors)
-        return matrix.topk(TOP).values, matrix.entropy(), matrix.received(), matrix.pool(CELL)
+        found = problem.matrix(tensors).statistics(topk=TOP, pool=CELL)
+        assert found.topk
+        assert found.pool
+        return found.topk.values, found.entropy, found.received, found.pool.mean
 
     return Prepared(call)
 

@@ -19,23 +19,67 @@ namespace regard::REGARD_ISA {
 // terms, and wait for each.
 constexpr int FEW = 4;
 
+// Runs each(j, u) over keys [begin, end): u says to which of the FEW sums the term of key j goes.
+template <class Each>
+INLINE void few_sums(int begin, int end, const Each& each) {
+  int j = begin;
+  for (; j + FEW <= end; j += FEW)
+#pragma GCC unroll 4
+    for (int u = 0; u < FEW; ++u) each(j + u, u);
+  for (; j < end; ++j) each(j, 0);
+}
+
+template <class T>
+INLINE Vec<T> added_up(const Vec<T> (&sums)[FEW]) {
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // The state of a normalizer for the rows of a tile.
 template <class T>
 struct State {
   T peak[ROWS], total[ROWS], decay[ROWS];
+  T spread[ROWS];  // sum of e^x x, x = logit - peak, where it is asked for
 
   void start() {
-    for (int i = 0; i < ROWS; ++i) peak[i] = -INF<T>, total[i] = 0, decay[i] = 1;
+    for (int i = 0; i < ROWS; ++i) peak[i] = -INF<T>, total[i] = spread[i] = 0, decay[i] = 1;
   }
 
   // Logits to weights relative to the peak, in place; returns whether earlier sums must decay.
+  template <bool SPREAD = false>
   bool absorb(const Problem& p, const Visible<T>& v, T* tile) {
-    if (p.norm == Norm::softmax) return absorb_softmax(v, tile);
+    if (p.norm == Norm::softmax) return absorb_softmax<SPREAD>(v, tile);
     p.norm == Norm::row_sum ? absorb_sum(v, tile) : absorb_by_pair(p, v, tile);
     return false;
   }
 
+  // What is in the sum without a key: eps; and the sink, which is one more key, whose value is 0.
+  void absorb_constant(const Problem& p, int64_t lane) {
+    if (p.norm == Norm::row_sum)
+      for (T& sum : total) sum += T(p.norm_bias);
+    if (!p.sink.data || p.norm != Norm::softmax) return;
+    const Vec<T> sink = splat(number_of<T>(p, p.sink, lane));
+    for (int i = 0; i < ROWS; i += W<T>) {
+      const Vec<T> before = load(peak + i), top = max(before, sink);
+      const Vec<T> base = top == -INF<T> ? Vec<T>{} : top;
+      store(total + i, load(total + i) * exp<T>(before - base) + exp<T>(sink - base));
+      store(peak + i, top);
+    }
+  }
+
+  // After all keys: what makes weights of numbers that are relative to the peaks `from`.
+  void factors(const Problem& p, const T* from, T* factor) const {
+    for (int i = 0; i < ROWS; i += W<T>) {
+      const Vec<T> top = load(peak + i), sum = load(total + i);
+      Vec<T> one = splat(T(1));
+      if (p.norm == Norm::softmax) one = exp<T>(load(from + i) - (top == -INF<T> ? Vec<T>{} : top));
+      if (p.norm == Norm::softmax || p.norm == Norm::row_sum || p.mean)
+        one = sum == 0 ? Vec<T>{} : one / sum;
+      store(factor + i, one);
+    }
+  }
+
  private:
+  template <bool SPREAD>
   bool absorb_softmax(const Visible<T>& v, T* tile) {
     bool moved = false;
     for (int g = 0; g < v.GROUPS; ++g)
@@ -46,21 +90,22 @@ struct State {
         T* at = tile + g * PANEL<T> + q * W<T>;
         for (int j = v.begin[g]; j < v.end[g]; ++j) now = max(load(at + j * GROUP<T>), now);
         const Vec<T> base = now == -INF<T> ? Vec<T>{} : now;
-        Vec<T> sums[FEW] = {};
-        const auto one = [&](int j, Vec<T>& sum) __attribute__((always_inline)) {
-          const Vec<T> weight = exp<T>(load(at + j * GROUP<T>) - base);
+        Vec<T> sums[FEW] = {}, spreads[FEW] = {};
+        few_sums(v.begin[g], v.end[g], [&](int j, int u) __attribute__((always_inline)) {
+          const Vec<T> x = load(at + j * GROUP<T>) - base, weight = exp<T>(x);
           store(at + j * GROUP<T>, weight);
-          sum += weight;
-        };
-        int j = v.begin[g];
-        for (; j + FEW <= v.end[g]; j += FEW)
-#pragma GCC unroll 4
-          for (int u = 0; u < FEW; ++u) one(j + u, sums[u]);
-        for (; j < v.end[g]; ++j) one(j, sums[0]);
-        const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+          sums[u] += weight;
+          // Below `low` the weight is 0, and 0 times infinity is not.
+          if constexpr (SPREAD) spreads[u] += weight * max(x, splat(Constants<T>::low));
+        });
         const Vec<T> shrink = exp<T>(before - base);
+        if constexpr (SPREAD) {
+          const Vec<T> moves = max(before - base, splat(Constants<T>::low));
+          const Vec<T> earlier = (load(spread + lane) + load(total + lane) * moves) * shrink;
+          store(spread + lane, earlier + added_up<T>(spreads));
+        }
         store(decay + lane, shrink);
-        store(total + lane, load(total + lane) * shrink + sum);
+        store(total + lane, load(total + lane) * shrink + added_up<T>(sums));
         store(peak + lane, now);
         for (int k = 0; k < W<T>; ++k) moved |= before[k] != now[k];
       }
@@ -89,7 +134,7 @@ struct State {
       if (p.norm == Norm::sigmoid)
         store(tile + at, sigmoid<T>(logit + bias));
       else if (p.norm == Norm::relu)
-        store(tile + at, max(logit, Vec<T>{}));
+        store(tile + at, max(Vec<T>{}, logit));
       else
         store(tile + at, logit == -INF<T> ? Vec<T>{} : logit);
       if (p.mean) {
@@ -107,12 +152,13 @@ struct Finished {
 
   Finished(const Problem& p, int64_t lane, int64_t row, int64_t count) {
     const int64_t at = lane * p.n + row;
-    for (int i = 0; i < ROWS; ++i) {
-      const T top = i < count ? static_cast<const T*>(p.peak)[at + i] : 0;
-      const T total = i < count ? static_cast<const T*>(p.total)[at + i] : 0;
-      peak[i] = top == -INF<T> ? 0 : top;
-      inverse[i] = total == 0 ? 0 : 1 / total;
-    }
+    for (int i = 0; i < ROWS; ++i)
+      set(i, i < count ? static_cast<const T*>(p.peak)[at + i] : 0,
+          i < count ? static_cast<const T*>(p.total)[at + i] : 0);
+  }
+
+  explicit Finished(const State<T>& state) {
+    for (int i = 0; i < ROWS; ++i) set(i, state.peak[i], state.total[i]);
   }
 
   // Signed weights of 0 do not tell whether the pair is there: -0 is one that is not.
@@ -125,12 +171,21 @@ struct Finished {
 
   // The weight of a vector of logits of the tile's vector q.
   __attribute__((always_inline)) Vec<T> weight(const Problem& p, Vec<T> logit, int q) const {
-    if (p.norm == Norm::softmax)
-      return exp<T>(logit - load(peak + q * W<T>)) * load(inverse + q * W<T>);
+    return weight(p, logit, load(peak + q * W<T>), load(inverse + q * W<T>));
+  }
+
+  INLINE Vec<T> weight(const Problem& p, Vec<T> logit, Vec<T> peak, Vec<T> inverse) {
+    if (p.norm == Norm::softmax) return exp<T>(logit - peak) * inverse;
     if (p.norm == Norm::sigmoid) return sigmoid<T>(logit + T(p.norm_bias));
-    if (p.norm == Norm::row_sum) return present(logit, load(inverse + q * W<T>));
+    if (p.norm == Norm::row_sum) return present(logit, inverse);
     if (p.norm == Norm::identity) return present(logit, splat(T(1)));
-    return max(logit, Vec<T>{}) * (p.mean ? load(inverse + q * W<T>) : splat(T(1)));
+    return max(Vec<T>{}, logit) * (p.mean ? inverse : splat(T(1)));
+  }
+
+ private:
+  void set(int i, T top, T total) {
+    peak[i] = top == -INF<T> ? 0 : top;
+    inverse[i] = total == 0 ? 0 : 1 / total;
   }
 };
 
@@ -199,25 +254,10 @@ static Matrix<T> shield(const Problem& p, const Visible<T>& v, Matrix<T> values,
 template <class T>
 static void finish(const Problem& p, AttendScratch<T>& s, State<T>& state, uint64_t poisoned, bool few,
                    T* peak, T* total) {
-  T factor[ROWS];
-  for (int i = 0; i < ROWS; ++i) {
-    factor[i] = 1;
-    if (p.norm == Norm::softmax) {
-      if (p.sink.data) {
-        // The sink is one more key, whose value is 0.
-        const T sink = number_of<T>(p, p.sink, s.logits.lane);
-        const T top = state.peak[i] > sink ? state.peak[i] : sink;
-        const T base = top == -INF<T> ? 0 : top;
-        factor[i] = exp<T>(splat(state.peak[i] - base))[0];
-        state.total[i] = state.total[i] * factor[i] + exp<T>(splat(sink - base))[0];
-        state.peak[i] = top;
-      }
-      factor[i] = state.total[i] == 0 ? 0 : factor[i] / state.total[i];
-    } else if (p.mean || p.norm == Norm::row_sum) {
-      if (p.norm == Norm::row_sum) state.total[i] += T(p.norm_bias);
-      factor[i] = state.total[i] == 0 ? 0 : 1 / state.total[i];
-    }
-  }
+  T before[ROWS], factor[ROWS];
+  __builtin_memcpy(before, state.peak, sizeof before);
+  state.absorb_constant(p, s.logits.lane);
+  state.factors(p, before, factor);
   for (int64_t i = 0; peak && i < s.logits.count; ++i)
     peak[i] = state.peak[i], total[i] = state.total[i];
   if (!p.e) return;

@@ -262,9 +262,10 @@ NB_MODULE(_cpu, module) {
              p.norm_bias = bias, p.mean = mean;
            })
       .def("look",
-           [](Problem& p, int what, int64_t number, int64_t offset, uintptr_t first, uintptr_t second) {
-             p.looking = {static_cast<Look>(what), number, offset, reinterpret_cast<void*>(first),
-                          reinterpret_cast<void*>(second)};
+           [](Problem& p, int64_t k, int64_t side, int64_t offset, const std::vector<uintptr_t>& homes) {
+             const auto home = [&](size_t at) { return reinterpret_cast<void*>(homes.at(at)); };
+             p.looking = {k,       side,    offset,  home(0), home(1), home(2),
+                          static_cast<int64_t*>(home(3)), home(4), home(5), home(6)};
            })
       .def("split", [](Problem& p, int64_t chunks, int64_t group, int64_t strip, bool by_rows) {
         p.chunks = chunks, p.group = group, p.strip = strip, p.by_rows = by_rows;

@@ -16,7 +16,6 @@ constexpr int GRADIENT_STEP = 16;  // rows of dkey, dvalue and dweight are padde
 
 enum class Kind : int { none, f32, f64, bf16, f16 };
 enum class Score : int { dot, distance, leaky, reciprocal, tanh };
-enum class Look : int { entropy, distance, topk, pool_mean, pool_max };
 enum class Norm : int { softmax, sigmoid, relu, row_sum, identity };
 
 // Numbers [*batch, heads, rows, columns] somewhere in memory; strides count elements.
@@ -44,15 +43,15 @@ struct Dropout {
   double factor = 1;       // of the others
 };
 
-// What looks.h is asked for, and where it goes.
+// What looks.h is asked for: where it goes, null where it is not wanted. Numbers are T.
 struct Looking {
-  Look what = Look::entropy;
-  int64_t number = 1;  // k, or the side of a cell
-  int64_t offset = 0;  // of the rows, for distances
-  // entropy, distance: sum |w| and sum |w| log |w|, or |w| times the distance, [lanes, n] each.
-  // topk: weights T and columns int64, [lanes, n, k]. pool: [lanes, n / side, m / side], of the
-  // largest beside how many pairs were seen, int64.
-  void *first = nullptr, *second = nullptr;
+  int64_t k = 0, side = 1;  // of the largest weights; of a cell
+  int64_t offset = 0;       // of the rows, for distances
+  void *entropy = nullptr, *distance = nullptr;  // [lanes, n]
+  void* values = nullptr;                        // the k largest, [lanes, n, k]
+  int64_t* indices = nullptr;                    // and their columns
+  void* received = nullptr;                      // sums of columns, [chunks, lanes, m], zeros before
+  void *mass = nullptr, *largest = nullptr;      // of cells, [lanes, n / side, m / side], zeros before
 };
 
 struct Problem {
@@ -89,7 +88,7 @@ struct Problem {
   // dweight: [chunks, lanes, padded d]; dtoeplitz: [chunks, lanes, n + m - 1 + ROWS]; dbias:
   // [chunks, lanes, m] where the bias has one row, else of the bias's own shape; dband: of band's.
   Operand dquery, dkey, dvalue, dweight, dtoeplitz, dbias, dband;
-  int64_t chunks = 1;             // pieces of the queries that have dkey and dvalue of their own
+  int64_t chunks = 1;             // pieces of the queries that have sums over rows of their own
   int64_t group = 1;              // heads whose keys' gradients are summed here
   int64_t strip = 1;              // blocks of keys that a strip holds
   bool by_rows = false;           // a chunk does its rows of all lanes

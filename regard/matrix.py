@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from regard import errors
 from regard.custom import Custom, PairFunction
 from regard.dropout import Dropout
+from regard.looking import Looking
 from regard.mask import Compiled, Dense, Mask
 from regard.normalizer import Normalizer, Softmax
 from regard.opaque import Factor, opaque, opaque_unless, product_in_graph
@@ -25,7 +26,6 @@ from regard.transposed import Transposed
 
 if TYPE_CHECKING:
     from regard.explain import Explanation
-    from regard.form.looks import TopK
 
 DENSE_LIMIT = 2**26
 """Numbers that may be stored without being told to: 256 MiB in float32."""
@@ -105,12 +105,12 @@ def attention(
 
 # Not frozen: torch.compile rebuilds frozen dataclasses from placeholders, which parts refuse.
 @dataclass(eq=False, repr=False)
-class Attention(Factor):
+class Attention(Factor, Looking):
     """A lazy attention matrix, made by `regard.attention`; rows are queries, columns are keys.
 
     Operations cost O(n d) memory unless they return more. Products, rows, columns, blocks,
-    `logsumexp`, `received` and `offsets` have gradients; `topk`, `entropy`, `distance` and `pool`
-    are for looking and have none. Weights are what multiplies the value: with any dropout.
+    `logsumexp`, `received` and `offsets` have gradients; the other looks (see `Looking`) have none.
+    Weights are what multiplies the value: with any dropout.
     """
 
     query: Tensor
@@ -119,7 +119,6 @@ class Attention(Factor):
     mask: Mask | None = None
     dropout: Dropout | None = None
     given_lanes: Tensor | None = None
-    known_rows: Any = field(default=None, init=False)  # of regard.form.fused
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -251,97 +250,6 @@ class Attention(Factor):
             )
         )
         return dense.logits(self.wide(), rows, columns).to(self.dtype)
-
-    @opaque
-    def logsumexp(self) -> Tensor:
-        """log sum_j exp(logit_ij), [*batch, heads, n]; -inf for a row without visible keys.
-
-        With a sink, its logit is one of the terms, so that exp(logits - logsumexp) are the weights.
-        Of other normalizers' logits it is the same formula, though it plays no part in them.
-        """
-        from regard.form import tiled
-
-        return tiled.logsumexp(self)
-
-    @opaque
-    @torch.no_grad()
-    def topk(self, k: int) -> TopK:
-        """The k largest weights of each row, descending, and their keys: (values, indices).
-
-        [*batch, heads, n, k] each; where a row sees fewer keys, index -1 and weight 0.
-
-        >>> attention(torch.zeros(2, 1), torch.zeros(2, 1)).topk(3).values
-        tensor([[0.5000, 0.5000, 0.0000],
-                [0.5000, 0.5000, 0.0000]])
-        """
-        from regard.form import looks
-
-        return looks.topk(self, k)
-
-    @opaque
-    @torch.no_grad()
-    def entropy(self) -> Tensor:
-        """Entropy of each row in nats, [*batch, heads, n]; its exp is an effective number of keys.
-
-        Of p_ij = |weight_ij| / sum_j |weight_ij|, which is the weight itself under softmax; 0 for a
-        row without weight.
-        """
-        from regard.form import looks
-
-        return looks.entropy(self)
-
-    @opaque
-    @torch.no_grad()
-    def distance(self, *, offset: int = 0) -> Tensor:
-        """Mean distance |i + offset - j| that each row looks, [*batch, heads, n].
-
-        Under p as in `entropy`. Its mean over rows is the non-locality of d'Ascoli et al. 2021
-        (ConViT), arXiv:2103.10697, eq. 8.
-        """
-        from regard.form import looks
-
-        return looks.distance(self, offset)
-
-    def received(self) -> Tensor:
-        """Sum of the weights that each key receives from all rows, [*batch, heads, m]."""
-        ones = self.query.new_ones(self.shape[-2], 1)
-        return (self.mT @ ones)[..., 0]
-
-    @opaque
-    def offsets(self, left: int, right: int, *, offset: int = 0) -> Tensor:
-        """Sum of each row's weights by relative position, [*batch, heads, n, left + 1 + right].
-
-        found_io = sum of weight_ij over j with clip(j - i - offset, -left, right) = o - left
-
-        Keys farther away count for the first and the last entry, so that a row sums to what its
-        weights do. It has gradients: `A.offsets(left, right) @ table` is the part of the values in
-        Shaw et al. 2018, arXiv:1803.02155, eq. 3. Cost: one pass over the tiles, and two backward.
-        offset: position of the first query
-
-        >>> A = attention(torch.zeros(3, 1), torch.zeros(4, 1))
-        >>> A.offsets(1, 1)
-        tensor([[0.0000, 0.2500, 0.7500],
-                [0.2500, 0.2500, 0.5000],
-                [0.5000, 0.2500, 0.2500]])
-        """
-        from regard.form import offsets
-
-        for name, number in (("left", left), ("right", right)):
-            errors.check_number(f"offsets' {name}", number, whole=True, least=0)
-        errors.check_number("offsets' offset", offset, whole=True)
-        return offsets.offsets(self, offsets.Offsets(left, right, offset))
-
-    @opaque
-    @torch.no_grad()
-    def pool(self, size: int, reduce: str = "mean") -> Tensor:
-        """The whole map in cells of size x size pairs: [*batch, heads, ceil(n/size), ceil(m/size)].
-
-        reduce: "mean" shows where mass goes, "max" shows needles
-        Pairs that are not visible count as weight 0.
-        """
-        from regard.form import looks
-
-        return looks.pool(self, size, reduce)
 
     @opaque
     def explain(self, value: Tensor | None = None) -> Explanation:

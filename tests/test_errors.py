@@ -193,6 +193,9 @@ PLAIN = {
     "heads": lambda: Alibi.of(2.5),
     "topk": lambda: MATRIX.topk(2.5),
     "pool": lambda: MATRIX.pool(1.5),
+    "distance": lambda: MATRIX.distance(offset=0.5),
+    "statistics topk": lambda: MATRIX.statistics(topk=2.5),
+    "statistics pool": lambda: MATRIX.statistics(pool="a"),
 }
 LOOKS = {
     "row": (IndexError, ["17", "5 rows"], lambda: MATRIX[..., 17, :]),
@@ -218,6 +221,8 @@ LOOKS = {
     ),
     "topk": (ValueError, ["k", "at least 1", "0"], lambda: MATRIX.topk(0)),
     "pool": (ValueError, ["0"], lambda: MATRIX.pool(0)),
+    "statistics topk": (ValueError, ["topk's k", "0"], lambda: MATRIX.statistics(topk=0)),
+    "statistics pool": (ValueError, ["pool's size", "0"], lambda: MATRIX.statistics(pool=0)),
     "reduce": (ValueError, ["'sum'", "mean", "max"], lambda: MATRIX.pool(2, "sum")),
     "form": (FormError, ["'fast'", "tiled", "dense"], lambda: MATRIX.matmul(VALUE, form="fast")),
 }

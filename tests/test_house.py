@@ -85,6 +85,7 @@ def test_imports_point_one_way():
         {"part", "grouped", "trace", "runs", "opaque"},
         {"dropout", "mask", "normalizer", "position", "score", "custom"},
         {"rule", "transposed"},
+        {"looking"},
         {"matrix"},
         {"form", "indexing", "explain", "picture", "sdpa"},
         {"nn", "look"},

@@ -20,6 +20,7 @@ from regard.form import folded, operands
 from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiles import compute_dtype
 from regard.kernel import cpu, extension
+from regard.kernel.asked import Asked, Looks
 from regard.normalizer import Row, Softmax
 from regard.opaque import opaque
 
@@ -131,9 +132,8 @@ def wants_gradient(matrix: Attention, value: Tensor) -> bool:
     return any(tensor.requires_grad for tensor in tensors)
 
 
-def look(matrix: Attention, what: cpu.Look, number: int = 1, offset: int = 0) -> tuple[Tensor, ...]:
-    """Sums over the weights of rows or cells, see `Looking` in csrc/problem.h."""
-    row = _known_rows(matrix)
+def look(matrix: Attention, asked: Asked) -> Looks:
+    """All that is asked about the weights, in one pass over the scores."""
     kind, tensors = operands.tensors(matrix)
     nothing = matrix.key.new_empty(matrix.key.shape[-2], 0)
     arguments = (
@@ -143,27 +143,7 @@ def look(matrix: Attention, what: cpu.Look, number: int = 1, offset: int = 0) ->
         *operands.mask(matrix),
         *operands.numbers(matrix, kind),
     )
-    return cpu.look(row.peak, row.total, *arguments, what, number, offset)
-
-
-def _known_rows(matrix: Attention) -> Row:
-    """The rows of a matrix that is looked at several times, computed once.
-
-    They are kept with the versions of what they were computed from, which torch counts up when a
-    tensor is written to.
-    """
-    if matrix.rule.normalizer.by_pair:
-        nothing = matrix.query.new_zeros(matrix.shape[:-1], dtype=compute_dtype(matrix.dtype))
-        return Row(nothing, nothing)
-    mask = () if matrix.mask is None else matrix.mask.tensors()
-    tensors = (matrix.query, matrix.key, *matrix.rule.tensors(), *mask)
-    if any(tensor.is_inference() for tensor in tensors):
-        return rows(matrix)  # inference tensors do not count
-    versions = tuple(tensor._version for tensor in tensors)
-    if matrix.known_rows is None or matrix.known_rows[0] != versions:
-        matrix.known_rows = versions, rows(matrix)
-    known: Row = matrix.known_rows[1]
-    return known
+    return Looks(*cpu.look(*arguments, *asked))
 
 
 def _apply(

@@ -1,23 +1,24 @@
 """Looking at a matrix, tile by tile: what is asked is kept, the tiles are not.
 
-Each function makes one pass for the rows' statistics and one over the weights. No gradients, but
-for `received`, which is a product with the transpose.
+All that is asked at once comes from one pass, in compiled kernels (csrc/looks.h) or in the tiles of
+PyTorch, which need a pass for the rows' statistics before. No gradients, but for `received`, which
+is a product with the transpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regard import errors
-from regard.form import fused
-from regard.form.tiles import Tile, Tiles, compute_dtype
-from regard.kernel.cpu import Look
-from regard.normalizer import Softmax
+from regard.form import fused, tiled
+from regard.form.tiles import Tile, Tiles
+from regard.kernel.asked import Asked, Looks
+from regard.normalizer import Relu, Row, Sigmoid, Softmax
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -30,50 +31,68 @@ class TopK(NamedTuple):
     indices: Tensor
 
 
+class Pool(NamedTuple):
+    """Mean and largest weight of each cell of a map."""
+
+    mean: Tensor
+    max: Tensor
+
+
+class Statistics(NamedTuple):
+    """What `A.statistics()` found; None for what was not asked."""
+
+    logsumexp: Tensor
+    entropy: Tensor
+    distance: Tensor
+    received: Tensor
+    topk: TopK | None
+    pool: Pool | None
+
+
+def statistics(matrix: Attention, topk: int | None, size: int | None, offset: int) -> Statistics:
+    """Everything at once: each is what the function of its name gives."""
+    pooled, side = size is not None, 1 if size is None else _side(matrix, size)
+    k = 0 if topk is None else _k(topk)
+    asked = Asked(True, True, True, pooled, pooled, k, side, _offset(offset))
+    found = _look(matrix, asked)
+    if isinstance(matrix.rule.normalizer, Softmax):
+        logsumexp = tiled.logsumexp_of(Row(found.peak, found.total))
+    else:
+        logsumexp = tiled.logsumexp(matrix)  # it plays no part in the weights
+    return Statistics(
+        logsumexp,
+        found.entropy,
+        found.distance,
+        found.received,
+        None if topk is None else TopK(found.values, found.indices),
+        Pool(_mean(matrix, found.mass, side), found.largest) if pooled else None,
+    )
+
+
 def topk(matrix: Attention, k: int) -> TopK:
     """The k largest weights of each row, [*batch, n, k]; index -1, weight 0 where it sees fewer."""
-    errors.check_number("topk's k", k, whole=True, least=1)
-    if fused.needs(matrix) is None:
-        return TopK(*fused.look(matrix, Look.TOPK, k))
-    _, each = _tiles(matrix)
-    shape, dtype = (*matrix.shape[:-1], k), compute_dtype(matrix.dtype)
-    values = torch.full(shape, -torch.inf, dtype=dtype, device=matrix.device)
-    indices = torch.full(shape, -1, device=matrix.device)
-    for tile in each:
-        weights = tile.weights.masked_fill(tile.logits == -torch.inf, -torch.inf)
-        best, at = weights.topk(min(k, weights.shape[-1]), dim=-1)
-        both = torch.cat([values[..., tile.rows, :], best], -1)
-        places = torch.cat([indices[..., tile.rows, :], at + tile.span.columns.start], -1)
-        values[..., tile.rows, :], order = both.topk(k, dim=-1)
-        indices[..., tile.rows, :] = places.gather(-1, order)
-    hidden = values == -torch.inf
-    return TopK(values.masked_fill(hidden, 0), indices.masked_fill(hidden, -1))
+    found = _look(matrix, Asked(k=_k(k)))
+    return TopK(found.values, found.indices)
 
 
 def entropy(matrix: Attention) -> Tensor:
     """- sum_j p_ij log p_ij in nats, p_ij = |weight_ij| / sum_j |weight_ij|; [*batch, n]."""
-    if _has_logarithms(matrix):
-        size, spread = fused.look(matrix, Look.ENTROPY)
-    else:
-        size, spread = _row_sums(matrix, lambda size, tile: torch.xlogy(size, size))
-    some = size > 0
-    safe = torch.where(some, size, 1)
-    return torch.where(some, (safe.log() - spread / safe).clamp(min=0), size)
+    return _look(matrix, Asked(entropy=True)).entropy
 
 
 def distance(matrix: Attention, offset: int) -> Tensor:
     """sum_j p_ij |i + offset - j|, p as in `entropy`; [*batch, n]."""
-    tiles = Tiles.of(matrix)
+    return _look(matrix, Asked(distance=True, offset=_offset(offset))).distance
 
-    def spread(size: Tensor, tile: Tile) -> Tensor:
-        i, j = tiles.at(tile.rows, tile.span.columns)
-        return size * (i[:, None] + offset - j).abs()
 
-    if fused.needs(matrix) is None:
-        size, total = fused.look(matrix, Look.DISTANCE, offset=offset)
-    else:
-        size, total = _row_sums(matrix, spread)
-    return torch.where(size > 0, total / torch.where(size > 0, size, 1), size)
+def received(matrix: Attention) -> Tensor:
+    """sum_i weight_ij, [*batch, m]; as a product where there may be gradients or a graph."""
+    ones = matrix.query.new_ones(matrix.shape[-2], 1)
+    graph = torch.compiler.is_compiling()
+    if graph or not _in_kernels(matrix) or fused.wants_gradient(matrix, ones):
+        return (matrix.mT @ ones)[..., 0]
+    with torch.no_grad():
+        return _look(matrix, Asked(received=True)).received.to(matrix.dtype)
 
 
 def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
@@ -81,48 +100,150 @@ def pool(matrix: Attention, size: int, reduce: str) -> Tensor:
 
     Cells at the end may be smaller; their mean is over the pairs they have.
     """
-    errors.check_number("pool's size", size, whole=True, least=1)
     if reduce not in ("mean", "max"):
         raise ValueError(f"pool reduces with 'mean' or 'max', not {reduce!r}.")
-    *batch, n, m = matrix.shape
-    size = min(size, max(n, m, 1))
-    counts = [
-        (length - torch.arange(0, length, size, device=matrix.device)).clamp(max=size)
-        for length in (n, m)
-    ]
-    pairs = counts[0][:, None] * counts[1]
-    if fused.needs(matrix) is None:
-        what = Look.POOL_MEAN if reduce == "mean" else Look.POOL_MAX
-        pooled, reached = fused.look(matrix, what, size)
-        return pooled / pairs if reduce == "mean" else _with_hidden(pooled, reached < pairs)
-    _, each = _tiles(matrix)
-    cells = [-(-length // size) for length in (n, m)]
-    start = 0.0 if reduce == "mean" else -torch.inf
-    pooled = matrix.query.new_full((*batch, *cells), start, dtype=compute_dtype(matrix.dtype))
-    reached = torch.zeros(cells, device=matrix.device)
-    for tile in each:
+    side = _side(matrix, size)
+    if reduce == "max":
+        return _look(matrix, Asked(largest=True, side=side)).largest
+    return _mean(matrix, _look(matrix, Asked(mass=True, side=side)).mass, side)
+
+
+def _k(k: int) -> int:
+    errors.check_number("topk's k", k, whole=True, least=1)
+    return int(k)
+
+
+def _offset(offset: int) -> int:
+    errors.check_number("distance's offset", offset, whole=True)
+    return int(offset)
+
+
+def _side(matrix: Attention, size: int) -> int:
+    errors.check_number("pool's size", size, whole=True, least=1)
+    return int(min(size, max(*matrix.shape[-2:], 1)))
+
+
+def _mean(matrix: Attention, mass: Tensor, side: int) -> Tensor:
+    return mass / _pairs(matrix.shape, side, matrix.device)
+
+
+def _pairs(shape: Sequence[int], side: int, device: torch.device) -> Tensor:
+    """How many pairs each cell has."""
+    down, across = (
+        (length - torch.arange(0, length, side, device=device)).clamp(max=side)
+        for length in shape[-2:]
+    )
+    return down[:, None] * across
+
+
+def _in_kernels(matrix: Attention) -> bool:
+    """Whether csrc/looks.h answers: its weights are not negative, and grow with their logits."""
+    grows = isinstance(matrix.rule.normalizer, (Softmax, Sigmoid, Relu))
+    return grows and fused.needs(matrix) is None
+
+
+def _look(matrix: Attention, asked: Asked) -> Looks:
+    if _in_kernels(matrix):
+        return fused.look(matrix, asked)
+    tiles = Tiles.of(matrix)
+    query, key = matrix.rule.operands(matrix.query, matrix.key)
+    row = tiles.rows(query, key)
+    homes = asked.homes(query, tiles.shape[-1], tiles.batch, 1).gathered()
+    answers = _Answers(tiles, asked, homes._replace(peak=row.peak, total=row.total))
+    for tile in tiles.walk(query, key, row):
+        answers.take(tile)
+    return answers.finish()
+
+
+class _Answers:
+    """What was asked, tile after tile."""
+
+    def __init__(self, tiles: Tiles, asked: Asked, homes: Looks) -> None:
+        self.tiles, self.asked, self.homes = tiles, asked, homes
+        self.size = torch.zeros_like(homes.total)  # sums over rows of |weight|
+        self.reached = homes.total.new_zeros(homes.largest.shape[-2:])
+        for home, start in (
+            (homes.entropy, 0),
+            (homes.distance, 0),
+            (homes.values, -torch.inf),
+            (homes.indices, -1),
+            (homes.largest, -torch.inf),
+        ):
+            home.fill_(start)
+
+    def take(self, tile: Tile) -> None:
+        """Take in a tile."""
+        asked, homes = self.asked, self.homes
+        if asked.entropy or asked.distance:
+            size = tile.weights.abs()
+            self.size[..., tile.rows] += size.sum(-1)
+        if asked.entropy:
+            homes.entropy[..., tile.rows] += torch.xlogy(size, size).sum(-1)
+        if asked.distance:
+            i, j = self.tiles.at(tile.rows, tile.span.columns)
+            far = (i[:, None] + asked.offset - j).abs()
+            homes.distance[..., tile.rows] += (size * far).sum(-1)
+        if asked.received:
+            homes.received[..., tile.span.columns] += tile.weights.sum(-2)
+        if asked.k:
+            self._take_largest(tile)
+        if asked.mass:
+            homes.mass[_cells(tile, asked.side)] += _pooled(tile.weights, tile, asked.side)
+        if asked.largest:
+            self._take_cells(tile)
+
+    def _take_largest(self, tile: Tile) -> None:
+        values, indices = (x[..., tile.rows, :] for x in (self.homes.values, self.homes.indices))
+        weights = tile.weights.masked_fill(tile.logits == -torch.inf, -torch.inf)
+        best, at = weights.topk(min(self.asked.k, weights.shape[-1]), dim=-1)
+        places = torch.cat([indices, at + tile.span.columns.start], -1)
+        best, order = torch.cat([values, best], -1).topk(self.asked.k, dim=-1)
+        values.copy_(best)
+        indices.copy_(places.gather(-1, order))
+
+    def _take_cells(self, tile: Tile) -> None:
+        side, cells = self.asked.side, self.homes.largest[_cells(tile, self.asked.side)]
+        cells.copy_(torch.maximum(cells, _pooled(tile.weights, tile, side, "max")))
         # The same steps on ones count the pairs of each cell that tiles have reached.
-        parts = [tile.weights, torch.ones(tile.weights.shape[-2:], device=matrix.device)]
-        for axis, along in ((-2, tile.rows), (-1, tile.span.columns)):
-            parts = [
-                _shrink(part, axis, along.start, size, how)
-                for part, how in zip(parts, (reduce, "mean"), strict=True)
-            ]
-        rows, columns = (
-            slice(along.start // size, along.start // size + count)
-            for along, count in zip((tile.rows, tile.span.columns), parts[1].shape, strict=True)
-        )
-        reached[rows, columns] += parts[1]
-        place = pooled[..., rows, columns]
-        place.copy_(place + parts[0] if reduce == "mean" else torch.maximum(place, parts[0]))
-    if reduce == "mean":
-        return pooled / pairs
-    return _with_hidden(pooled, reached < pairs)
+        ones = torch.ones(tile.weights.shape[-2:], device=cells.device)
+        self.reached[_cells(tile, side)] += _pooled(ones, tile, side)
+
+    def finish(self) -> Looks:
+        """All answers, after the last tile."""
+        asked, homes, some = self.asked, self.homes, self.size > 0
+        size = torch.where(some, self.size, 1)
+        if asked.entropy:
+            entropy = (size.log() - homes.entropy / size).clamp(min=0)
+            homes = homes._replace(entropy=torch.where(some, entropy, self.size))
+        if asked.distance:
+            homes = homes._replace(distance=torch.where(some, homes.distance / size, self.size))
+        if asked.k:
+            hidden = homes.values == -torch.inf
+            homes.values.masked_fill_(hidden, 0)
+            homes.indices.masked_fill_(hidden, -1)
+        if asked.largest:
+            # A pair that no tile reaches is not visible and has weight 0.
+            short = self.reached < _pairs(self.tiles.shape, asked.side, size.device)
+            homes = homes._replace(
+                largest=torch.where(short, homes.largest.clamp(min=0), homes.largest)
+            )
+        return homes
 
 
-def _with_hidden(largest: Tensor, some: Tensor) -> Tensor:
-    """A pair that no tile reaches is not visible and has weight 0."""
-    return torch.where(some, largest.clamp(min=0), largest)
+def _cells(tile: Tile, side: int) -> tuple[Any, ...]:
+    """Where the cells of a tile are among all."""
+    rows, columns = (
+        slice(along.start // side, -(-along.stop // side))
+        for along in (tile.rows, tile.span.columns)
+    )
+    return ..., rows, columns
+
+
+def _pooled(part: Tensor, tile: Tile, side: int, reduce: str = "sum") -> Tensor:
+    """Sum or largest entry of each cell of a tile."""
+    for axis, along in ((-2, tile.rows), (-1, tile.span.columns)):
+        part = _shrink(part, axis, along.start, side, reduce)
+    return part
 
 
 def _shrink(part: Tensor, axis: int, start: int, size: int, reduce: str) -> Tensor:
@@ -131,34 +252,10 @@ def _shrink(part: Tensor, axis: int, start: int, size: int, reduce: str) -> Tens
     if before + length <= 2 * size:  # few cells: no need to fill them up
         edges = [size - before] if before + length > size else []
         pieces = part.tensor_split(edges, dim=axis)
-        shrunk = [p.sum(axis, True) if reduce == "mean" else p.amax(axis, True) for p in pieces]
+        shrunk = [p.sum(axis, True) if reduce == "sum" else p.amax(axis, True) for p in pieces]
         return torch.cat(shrunk, axis)
     after = -(before + length) % size
-    empty = 0.0 if reduce == "mean" else -torch.inf
+    empty = 0.0 if reduce == "sum" else -torch.inf
     sides = (before, after) if axis == -1 else (0, 0, before, after)
     cells: Tensor = F.pad(part, sides, value=empty).unflatten(axis, (-1, size))
-    return cells.sum(axis) if reduce == "mean" else cells.amax(axis)
-
-
-def _row_sums(matrix: Attention, spread: Callable[[Tensor, Tile], Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums over each row of |weight| and of spread(|weight|, tile), [*batch, n]."""
-    _, each = _tiles(matrix)
-    shape, dtype = matrix.shape[:-1], compute_dtype(matrix.dtype)
-    size, total = (torch.zeros(shape, dtype=dtype, device=matrix.device) for _ in range(2))
-    for tile in each:
-        weights = tile.weights.abs()
-        size[..., tile.rows] += weights.sum(-1)
-        total[..., tile.rows] += spread(weights, tile).sum(-1)
-    return size, total
-
-
-def _has_logarithms(matrix: Attention) -> bool:
-    """Whether log weight is logit - logsumexp, so that a kernel needs no logarithm."""
-    plain = isinstance(matrix.normalizer, Softmax) and matrix.dropout is None
-    return plain and fused.needs(matrix) is None
-
-
-def _tiles(matrix: Attention) -> tuple[Tiles, Iterator[Tile]]:
-    tiles = Tiles.of(matrix)
-    query, key = matrix.rule.operands(matrix.query, matrix.key)
-    return tiles, tiles.walk(query, key, tiles.rows(query, key))
+    return cells.sum(axis) if reduce == "sum" else cells.amax(axis)

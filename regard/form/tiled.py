@@ -65,7 +65,11 @@ def logsumexp(matrix: Attention) -> Tensor:
     """log sum_j exp(logit_ij) of each row, whatever the normalizer."""
     if not isinstance(matrix.rule.normalizer, Softmax):
         matrix = matrix.with_normalizer(Softmax())
-    row = fused.rows(matrix) if fused.needs(matrix) is None else rows(matrix)
+    return logsumexp_of(fused.rows(matrix) if fused.needs(matrix) is None else rows(matrix))
+
+
+def logsumexp_of(row: Row) -> Tensor:
+    """The same of rows that are known, under softmax."""
     empty = row.total == 0
     return torch.where(empty, -torch.inf, torch.where(empty, 1, row.total).log() + row.peak)
 

@@ -2,7 +2,7 @@
 
     regard::attend       output, peak, total   (csrc/attend.h)
     regard::attend_grad  gradients             (csrc/attend_grad.h)
-    regard::look         sums over weights     (csrc/looks.h)
+    regard::look         what is asked about the weights   (csrc/looks.h)
 
 The operators take tensors and numbers only. What a matrix is made of is translated to them in
 `regard.form.operands`; which gradient belongs where is written in `regard.form.fused`.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernel import extension
+from regard.kernel.asked import Asked, compute_dtype
 
 KINDS = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
 STRIP_BYTES = 2**23
-"""What a thread keeps of a tile's weights and their gradients; beyond it, they are redone."""
+"""What a thread keeps of a tile's weights, and of their gradients; beyond it, they are redone."""
 
 
 class Inputs(NamedTuple):
@@ -79,23 +79,9 @@ library.define(
     "bool[] wanted) -> Tensor[]"
 )
 library.define(
-    f"look(Tensor peak, Tensor total, {_TENSORS}, {_NUMBERS}, int what, int number, int offset) "
-    "-> (Tensor, Tensor)"
+    f"look({_TENSORS}, {_NUMBERS}, bool entropy, bool distance, bool received, bool mass, "
+    "bool largest, int k, int side, int offset) -> Tensor[]"
 )
-
-
-class Look(IntEnum):
-    """What `look` can be asked, as in csrc/problem.h."""
-
-    ENTROPY = 0
-    DISTANCE = 1
-    TOPK = 2
-    POOL_MEAN = 3
-    POOL_MAX = 4
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +123,7 @@ def attend_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled results of `attend`."""
     query, _, value, *_, batch = arguments[: TENSORS + 1]
     rows = (*batch, query.shape[-2])
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     return (
         value.new_empty((*rows, value.shape[-1])),
         query.new_empty(rows, dtype=dtype),
@@ -197,30 +183,34 @@ def attend_grad_fake(
     return _gathered(homes, inputs, split, left.shape[-1])
 
 
-def look(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """What was asked about each row or cell, see `Looking` in csrc/problem.h."""
-    inputs, numbers = _in_lines(Inputs(*arguments[:TENSORS])), Numbers(*arguments[TENSORS:-3])
-    first, second = look_fake(peak, total, *arguments)
-    if arguments[-3] in (Look.POOL_MEAN, Look.POOL_MAX):
-        first.fill_(0 if arguments[-3] == Look.POOL_MEAN else -math.inf), second.zero_()
+def look(*arguments: Any) -> list[Tensor]:
+    """All of `asked.Looks`; arguments as in the schema."""
+    inputs, numbers, asked = _in_lines(Inputs(*arguments[:TENSORS])), *_looking(arguments)
+    extension_, threads = _extension(), torch.get_num_threads()
+    lanes, (n, m) = math.prod(numbers.batch), (inputs.query.shape[-2], inputs.key.shape[-2])
+    # Where columns are summed, each chunk of rows has sums of its own: enough for all threads.
+    chunks = -(-8 * threads // max(lanes, 1)) if asked.received else max(n, 1)
+    homes = asked.homes(inputs.query, m, numbers.batch, chunks)
+    block = extension_.ROWS * extension_.KEYS * homes.peak.itemsize
     problem = _problem(inputs, numbers, 0, with_value=False)
-    problem.rows(peak.data_ptr(), total.data_ptr(), 0, 0)
-    problem.look(*arguments[-3:], first.data_ptr(), second.data_ptr())
-    _extension().look(problem, torch.get_num_threads())
-    return first, second
+    problem.rows(homes.peak.data_ptr(), homes.total.data_ptr(), 0, 0)
+    problem.split(chunks, 1, min(-(-m // extension_.KEYS), STRIP_BYTES // block), False)
+    pointers = [home.data_ptr() if home.numel() else 0 for home in homes[2:]]
+    problem.look(asked.k, asked.side, asked.offset, pointers)
+    extension_.look(problem, threads)
+    return list(homes.gathered())
 
 
-def look_fake(peak: Tensor, total: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def look_fake(*arguments: Any) -> list[Tensor]:
     """Unfilled results of `look`."""
-    key, what, number = arguments[1], *arguments[-3:-1]
-    rows, (n, m) = tuple(peak.shape), (peak.shape[-1], key.shape[-2])
-    if what == Look.TOPK:
-        return peak.new_empty((*rows, number)), peak.new_empty((*rows, number), dtype=torch.int64)
-    if what in (Look.POOL_MEAN, Look.POOL_MAX):
-        cells = *rows[:-1], -(-n // number), -(-m // number)
-        seen = peak.new_empty(cells if what == Look.POOL_MAX else 0, dtype=torch.int64)
-        return peak.new_empty(cells), seen
-    return peak.new_empty(rows), peak.new_empty(rows)
+    numbers, asked = _looking(arguments)
+    homes = asked.homes(arguments[0], arguments[1].shape[-2], numbers.batch, 1)
+    return list(homes.gathered())
+
+
+def _looking(arguments: Sequence[Any]) -> tuple[Numbers, Asked]:
+    end = TENSORS + len(Numbers._fields)
+    return Numbers(*arguments[TENSORS:end]), Asked(*arguments[end:])
 
 
 class _Split(NamedTuple):
@@ -257,7 +247,7 @@ def _homes(
     """Memory for the gradients as the kernel writes them."""
     query, bias, batch = inputs.query, inputs.bias, tuple(numbers.batch)
     n, m, d, e = query.shape[-2], inputs.key.shape[-2], query.shape[-1], left.shape[-1]
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     nothing = query.new_empty(0, dtype=dtype)
     chunked = (split.chunks, *batch)
     of_keys = (split.chunks, *batch[:-1], *((batch[-1] // split.group,) if batch else ()), m)
@@ -308,7 +298,7 @@ def _gathered(homes: Gradients, inputs: Inputs, split: _Split, width: int) -> li
 
 def _problem(inputs: Inputs, numbers: Numbers, width: int, *, with_value: bool = True) -> Any:
     query, key = inputs.query, inputs.key
-    compute = KINDS[_compute_dtype(query)]
+    compute = KINDS[compute_dtype(query)]
     problem = _extension().Problem.of(
         tuple(numbers.batch), query.shape[-2], key.shape[-2], query.shape[-1], width, compute
     )

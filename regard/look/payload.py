@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import ShapeError
+from regard.form.looks import Pool, Statistics
 from regard.look.record import Captured
 from regard.look.scene import Scene
 from regard.matrix import Attention
@@ -180,6 +181,9 @@ def _layer(
     kv_heads, m = call.key.shape[1:3]
     toeplitz, bias = _bias(rounded)
     spans, bits = _visible(call)
+    size = _plane_size(call) if _length(call) > POOLED_ABOVE else None
+    found = call.matrix.statistics(pool=size)
+    logsumexp = found.logsumexp if rounded is call else rounded.matrix.logsumexp()
 
     def kept(tensor: Tensor | None) -> int | None:
         return store.add(None if tensor is None else tensor.to(dtype))
@@ -201,14 +205,14 @@ def _layer(
         "key": kept(call.key),
         "value": kept(call.value),
         "output": kept(call.output),
-        "logsumexp": store.add(rounded.matrix.logsumexp().float()),
+        "logsumexp": store.add(logsumexp.float()),
         "sinks": store.add(call.sinks),
         "spans": store.add(spans),
         "bits": store.add(bits),
         "bias": kept(bias),
         "biasToeplitz": toeplitz,
-        "statistics": _statistics(call, special),
-        "planes": _planes(call, store) if _length(call) > POOLED_ABOVE else None,
+        "statistics": _statistics(call, found, special),
+        "planes": None if size is None else _planes(call, found.pool, size, store),
     }
 
 
@@ -257,45 +261,50 @@ def _keep(call: Captured) -> Tensor:
     return keep & (torch.arange(m) <= torch.arange(n)[:, None]) if call.causal else keep
 
 
-def _statistics(call: Captured, special: Sequence[bool]) -> dict[str, list[float] | None]:
+def _statistics(
+    call: Captured, found: Statistics, special: Sequence[bool]
+) -> dict[str, list[float] | None]:
     """Per head, averaged over the rows that see any key.
 
     keys: exp(entropy), the effective number of keys;  distance: mean |i - j|
     first: mass on key 0;  special: mass on the tokenizer's own tokens, or None without any
     sink: mass on a learned sink that has no token, or None without one
     """
-    matrix = call.matrix
-    rows = matrix.logsumexp()[0].isfinite()  # [heads, n]
+    rows = found.logsumexp[0].isfinite()  # [heads, n]
     count = rows.sum(-1).clamp(min=1)
 
     def mean(per_row: Tensor) -> list[float]:
         kept = torch.where(rows, per_row, 0)
         return [float(x) for x in kept.sum(-1) / count]
 
-    received = matrix.received()[0]  # [heads, m]
+    received = found.received[0]  # [heads, m]
     marked = torch.tensor(list(special), dtype=torch.bool)
     on_special = None
     if marked.any() and len(marked) == received.shape[-1]:
         on_special = [float(x) for x in received[:, marked].sum(-1) / count]
     return {
-        "keys": mean(matrix.entropy()[0].exp()),
-        "distance": mean(matrix.distance()[0]),
+        "keys": mean(found.entropy[0].exp()),
+        "distance": mean(found.distance[0]),
         "first": [float(x) for x in received[:, 0] / count],
         "special": on_special,
         "sink": None if call.sinks is None else [float(x) for x in 1 - received.sum(-1) / count],
     }
 
 
-def _planes(call: Captured, store: Store) -> dict[str, Any]:
+def _plane_size(call: Captured) -> int:
+    """The side of a plane's blocks."""
+    return 8 * math.ceil(_length(call) / _PLANE_CELLS / 8)
+
+
+def _planes(call: Captured, pool: Pool | None, size: int, store: Store) -> dict[str, Any]:
     """The whole map in blocks: mean weight per visible cell, and largest weight.
 
     float16 keeps three digits of a mean; weights below 6e-8 become 0, a lift of 2e-4 at 4096.
     """
-    size = 8 * math.ceil(_length(call) / _PLANE_CELLS / 8)
-    matrix = call.matrix
+    assert pool is not None
     share = _visible_share(call, size)  # [1 or heads, rows, columns]
-    mean = matrix.pool(size, reduce="mean")[0] / share
-    largest = torch.where(share > 0, matrix.pool(size, reduce="max")[0], torch.nan)
+    mean = pool.mean[0] / share
+    largest = torch.where(share > 0, pool.max[0], torch.nan)
     return {
         "size": size,
         "rows": mean.shape[-2],
