@@ -38,7 +38,20 @@ from regard import (
     attention,
 )
 from regard.form import FORMS
-from regard.position import T5, Cope, Fire, Kerple, Relative, Rotary, Shaw, TransformerXL
+from regard.grid import Grid
+from regard.position import (
+    T5,
+    Cope,
+    Field,
+    Fire,
+    Gaussian,
+    Kerple,
+    Relative,
+    Rotary,
+    Shaw,
+    Shift,
+    TransformerXL,
+)
 
 __all__ = ["FORMS", "MASKS", "NORMALIZERS", "POSITIONS", "SCORES", "Case", "Sizes", "sizes"]
 
@@ -124,6 +137,15 @@ def _fire(draw: Draw, s: Sizes) -> Fire:
     return Fire(*network, c=draw.normal(), threshold=draw.normal(), offset=1)
 
 
+def grid(s: Sizes) -> Grid:
+    """The keys in two dimensions, as square as they divide, and the queries in other ones."""
+    sizes = []
+    for length in (s.m, s.n):
+        height = next(h for h in range(4, 0, -1) if length % h == 0)
+        sizes.append((height, length // height))
+    return Grid(*sizes, stride=(1, 2), start=(0, -1))
+
+
 SCORES: dict[str, Callable[[Draw, Sizes], object]] = {
     "dot": lambda draw, s: Dot(),
     "dot softcap": lambda draw, s: Dot(scale=draw.normal(s.heads), softcap=1.5),
@@ -158,6 +180,13 @@ POSITIONS: dict[str, Callable[[Draw, Sizes], object]] = {
         draw.normal(s.heads, s.width),
     ),
     "cope": lambda draw, s: Cope(draw.normal(s.heads, 4, s.width)),
+    "shift": lambda draw, s: Shift(draw.integers(3, s.heads, 2) - 1, grid(s), "reflect"),
+    "shift, zeros": lambda draw, s: Shift(draw.integers(5, s.heads, 2) - 2, grid(s)),
+    "gaussian": lambda draw, s: Gaussian(draw.normal(s.heads, 2), draw.positive(s.heads), grid(s)),
+    "gaussian, any shape": lambda draw, s: Gaussian(
+        draw.normal(s.heads, 2), draw.normal(s.heads, 2, 2), grid(s)
+    ),
+    "field": lambda draw, s: Field(draw.normal(s.heads, 3, 2), grid(s), dilation=(1, 2)),
     "alibi + row bias": lambda draw, s: Alibi.of(s.heads) + Bias(draw.normal(s.heads, 1, s.m)),
 }
 

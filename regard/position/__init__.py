@@ -1,7 +1,7 @@
 """Position: the parts that tell attention where its tokens stand.
 
 on the score     Alibi, T5, Kerple, Relative (Toeplitz: by i - j alone), Fire, Shaw,
-TransformerXL, Cope, and an explicit Bias
+TransformerXL, Cope, and an explicit Bias; on grids Shift, Gaussian, Field
 on query and key Rotary, with the scalings that stretch it
 on the input     `regard.nn.Sinusoidal`, `Learned`, `Continuous`; `sinusoid` is their formula
 """
@@ -9,6 +9,7 @@ on the input     `regard.nn.Sinusoidal`, `Learned`, `Continuous`; `sinusoid` is 
 from regard.position.base import Band, Bias, Position, Positions
 from regard.position.content import Cope, Shaw, TransformerXL
 from regard.position.fire import Fire
+from regard.position.grid import Field, Gaussian, Shift
 from regard.position.rotary import Rotary
 from regard.position.scaling import (
     DynamicNtk,
@@ -30,7 +31,9 @@ __all__ = [
     "Bias",
     "Cope",
     "DynamicNtk",
+    "Field",
     "Fire",
+    "Gaussian",
     "Interpolation",
     "Kerple",
     "Llama3",
@@ -43,6 +46,7 @@ __all__ = [
     "Rotary",
     "Scaling",
     "Shaw",
+    "Shift",
     "Toeplitz",
     "TransformerXL",
     "Yarn",

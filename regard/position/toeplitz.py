@@ -32,9 +32,13 @@ class Toeplitz(Position):
         """Every bias of a matrix, [*batch, heads, rows + columns - 1], i - j from 1 - columns."""
         return self.by_distance(torch.arange(1 - columns, rows, device=device) + self.offset)
 
+    def of_pairs(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return the biases of pairs of query i [*x] and key j [*x]: [*batch, heads, *x]."""
+        return self.by_distance(i + self.offset - j)
+
     def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if 0 in (i.numel(), j.numel()) or not (_is_range(i) and _is_range(j)):
-            return self.by_distance(i[:, None] + self.offset - j)
+            return self.of_pairs(i[:, None], j)
         # Row a of the tile is the window of the vector that begins a places from its end.
         first = int(i[0] - j[0]) + self.offset
         down = torch.arange(first + i.numel() - 1, first - j.numel(), -1, device=i.device)
