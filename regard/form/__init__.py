@@ -17,14 +17,19 @@ import torch
 from torch import Tensor
 
 from regard import errors, grouped
-from regard.form import dense, fused, tiled
+from regard.form import convolutional, dense, fused, tiled
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
 
 is_plain, product_plain = fused.is_plain, fused.product_plain
 
-FORMS: dict[str, ModuleType] = {"fused": fused, "tiled": tiled, "dense": dense}
+FORMS: dict[str, ModuleType] = {
+    "convolutional": convolutional,
+    "fused": fused,
+    "tiled": tiled,
+    "dense": dense,
+}
 """All forms, the cheapest first."""
 
 

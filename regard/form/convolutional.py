@@ -1,0 +1,305 @@
+"""Position alone, few keys per row: the matrix is a convolution, divided by its rows' sums.
+
+output_i = sum_tau w_tau value_{i + tau} / sum_tau w_tau,  w = exp(bias)
+
+(another normalizer takes softmax's place). Rows whose taps are all within the grid have the same
+weights and are one convolution; each row at a border has its own. A `Shift` is a read of one key.
+reference  regard/form/dense.py::product
+work       2 taps n e flops, forward
+memory     inputs and outputs, and border rows x taps x e
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard import grouped
+from regard.form import support
+from regard.form.support import Support
+from regard.form.tiles import compute_dtype
+from regard.position.grid import Shift
+from regard.score import PositionOnly
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def needs(matrix: Attention) -> str | None:
+    """A score and a mask by displacement alone, and few keys per row."""
+    if type(matrix.score) is not PositionOnly:
+        return f"needs a score of position alone, PositionOnly(); {matrix.score} compares vectors."
+    if matrix.dropout is not None:
+        return "has no dropout, which draws for single pairs."
+    found = support.find(matrix)
+    return found if isinstance(found, str) else None
+
+
+def kernel(matrix: Attention) -> tuple[str, int, int]:
+    """What `explain` says: the code that runs, bytes beyond inputs and outputs, side of a tile."""
+    found, size = support.find(matrix), compute_dtype(matrix.dtype).itemsize
+    rows = matrix.shape[:-1].numel()
+    if isinstance(found, Shift):
+        return "a read of one key for each row", rows * 8, 1
+    assert isinstance(found, Support)
+    border = found.grid.rows - math.prod(map(len, found.inner()))
+    lanes = matrix.shape[:-2].numel()
+    numbers = lanes * border * found.count * (1 + matrix.key.shape[-1])
+    return f"convolution with {found.count} taps, and {border} rows at borders", numbers * size, 1
+
+
+def product(matrix: Attention, value: Tensor) -> Tensor:
+    """The matrix times value, differentiable."""
+    dtype, found = compute_dtype(value.dtype), support.find(matrix)
+    wide = grouped.match(value.to(dtype), matrix.shape[-3] if len(matrix.shape) > 2 else 1)
+    batch = torch.broadcast_shapes(wide.shape[:-2], matrix.shape[:-2])
+    if isinstance(found, Shift):
+        return _read(matrix, found, wide).expand(*batch, -1, -1).to(value.dtype)
+    assert isinstance(found, Support)
+    split = Split.of(matrix, found, dtype)
+    pieces = [split.inner_product(wide), split.border_product(wide)]
+    both = torch.cat([piece.expand(*batch, -1, -1) for piece in pieces], -2)
+    return both[..., split.order.argsort(), :].to(value.dtype)
+
+
+def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
+    """The transpose of the matrix times x, differentiable."""
+    dtype, found = compute_dtype(x.dtype), support.find(matrix)
+    wide, batch = x.to(dtype), torch.broadcast_shapes(x.shape[:-2], matrix.shape[:-2])
+    if isinstance(found, Shift):
+        return _add(matrix, found, wide).expand(*batch, -1, -1).to(x.dtype)
+    assert isinstance(found, Support)
+    split = Split.of(matrix, found, dtype)
+    ordered = wide[..., split.order, :]
+    inside = len(split.order) - len(split.rows)
+    inner, border = ordered[..., :inside, :], ordered[..., inside:, :]
+    output = split.inner_transposed(inner) + split.border_transposed(border)
+    return output.expand(*batch, -1, -1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A matrix as one convolution inside and single rows at the border.
+
+    weights: of all inner rows, [*batch, heads, 1, taps]
+    rows, keys, of_rows: border rows [r], their keys [r, taps], weights [*batch, heads, r, taps]
+    order: inner rows, then border rows
+    """
+
+    support: Support
+    inner: list[range]
+    weights: Tensor
+    rows: Tensor
+    keys: Tensor
+    of_rows: Tensor
+    order: Tensor
+
+    @staticmethod
+    def of(matrix: Attention, found: Support, dtype: torch.dtype) -> Split:
+        """Split a matrix, and compute its weights."""
+        grid, inner, like = found.grid, found.inner(), matrix.query.new_zeros(0, dtype=dtype)
+        every = torch.arange(grid.rows, device=matrix.device).reshape(grid.queries)
+        inside = every[tuple(slice(r.start, r.stop) for r in inner)].flatten()
+        outside = torch.ones(grid.rows, dtype=torch.bool, device=matrix.device)
+        outside[inside] = False
+        rows = outside.nonzero()[:, 0]
+        some_row = torch.cat([inside[:1], rows])  # an inner row stands for all
+        keys, there = found.keys(some_row)
+        logits = found.logits(some_row[:, None], keys, like).masked_fill(~there, -torch.inf)
+        heads = torch.broadcast_shapes(logits.shape[:-2], (1,) * (len(matrix.shape) - 2))
+        weights = matrix.rule.normalizer.whole(logits.expand(*heads, *keys.shape))
+        ones = min(len(inside), 1)
+        return Split(
+            found, inner, weights[..., :ones, :], rows, keys[ones:], weights[..., ones:, :],
+            torch.cat([inside, rows]),
+        )  # fmt: skip
+
+    def border_product(self, value: Tensor) -> Tensor:
+        """Rows of the border: [*batch, heads, r, e]."""
+        if self._spread(value):
+            return self._matrix(value.shape[-2]) @ value
+        of_rows = value[..., self.keys.flatten(), :].unflatten(-2, self.keys.shape)
+        return (self.of_rows[..., None, :] @ of_rows)[..., 0, :]
+
+    def border_transposed(self, x: Tensor) -> Tensor:
+        """Rows of the border, transposed, times x [*batch, heads, r, e]."""
+        columns = self.support.grid.columns
+        if self._spread(x):
+            return self._matrix(columns).mT @ x
+        terms = (self.of_rows[..., None] * x[..., None, :]).flatten(-3, -2)
+        zeros = terms.new_zeros(*terms.shape[:-2], columns, terms.shape[-1])
+        return zeros.index_add(-2, self.keys.flatten(), terms)
+
+    def _spread(self, x: Tensor) -> bool:
+        """Whether whole rows are fewer numbers than the vectors of all taps."""
+        return self.support.grid.columns < self.support.count * x.shape[-1]
+
+    def _matrix(self, columns: int) -> Tensor:
+        zeros = self.of_rows.new_zeros(*self.of_rows.shape[:-1], columns)
+        return zeros.scatter_add(-1, self.keys.expand_as(self.of_rows), self.of_rows)
+
+    def inner_product(self, value: Tensor) -> Tensor:
+        """Rows inside, as a convolution: [*batch, heads, rows, e]."""
+        image = value.unflatten(-2, self.support.grid.size)  # type: ignore[arg-type]
+        if not self._has_inner:
+            batch = torch.broadcast_shapes(value.shape[:-2], self.weights.shape[:-2])
+            return value.new_zeros(*batch, 0, value.shape[-1])
+        axes = self.support.grid.axes
+        lanes = Lanes.of(self.weights, image, axes)
+        run: Any = CONVOLUTIONS[axes - 1]
+        output = run(
+            lanes.fold(image[(..., *self._window(), slice(None))], apart=not lanes.shared),
+            lanes.filters(self.weights, self.support.taps),
+            stride=self.support.grid.stride,
+            dilation=self.support.dilation,
+            groups=1 if lanes.shared else lanes.count,
+        )
+        return lanes.unfold(output).flatten(-axes - 1, -2)
+
+    def inner_transposed(self, x: Tensor) -> Tensor:
+        """Rows inside, transposed, times x [*batch, heads, rows, e]: [*batch, heads, m, e]."""
+        grid, axes = self.support.grid, self.support.grid.axes
+        if not self._has_inner:
+            batch = torch.broadcast_shapes(x.shape[:-2], self.weights.shape[:-2])
+            return x.new_zeros(*batch, grid.columns, x.shape[-1])
+        image = x.unflatten(-2, [len(r) for r in self.inner])
+        lanes = Lanes.of(self.weights, image, axes)
+        run: Any = TRANSPOSED[axes - 1]
+        output = run(
+            lanes.fold(image, apart=True),
+            lanes.filters(self.weights, self.support.taps),
+            stride=grid.stride,
+            dilation=self.support.dilation,
+            groups=lanes.count,
+        )
+        sides = zip(self._window(), grid.size, strict=True)  # type: ignore[arg-type]
+        pads = [side for w, n in reversed([*sides]) for side in (w.start, n - w.stop)]
+        return F.pad(lanes.unfold(output), [0, 0, *pads]).flatten(-axes - 1, -2)
+
+    @property
+    def _has_inner(self) -> bool:
+        return self.support.count > 0 and all(self.inner)
+
+    def _window(self) -> list[slice]:
+        """The keys that inner rows see, along each axis."""
+        found = []
+        for r, s, at, first, d, k in zip(
+            self.inner, self.support.grid.stride, self.support.grid.start,  # type: ignore[arg-type]
+            self.support.first, self.support.dilation, self.support.taps, strict=True,
+        ):  # fmt: skip
+            start = at + s * r.start + first
+            found.append(slice(start, start + s * (len(r) - 1) + d * (k - 1) + 1))
+        return found
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How batch axes become those of a convolution [N, channels, *size].
+
+    Axes along which weights differ are channels, each with a filter of its own; the others, and
+    the channels e of value, are N.
+
+    lanes, others: places of the axes, of `sizes` of the image and `filters` of the weights
+    """
+
+    lanes: tuple[int, ...]
+    others: tuple[int, ...]
+    image: tuple[int, ...]
+    weights: tuple[int, ...]
+    axes: int
+
+    @staticmethod
+    def of(weights: Tensor, image: Tensor, axes: int) -> Lanes:
+        """Of weights [*batch, heads, 1, taps] and an image [*batch, heads, *size, e]."""
+        given = tuple(image.shape[: -axes - 1]), tuple(weights.shape[:-2])
+        count = max(map(len, given))
+        one, other = ((1,) * (count - len(each)) + each for each in given)
+        lanes = tuple(a for a in range(count) if other[a] > 1)
+        return Lanes(lanes, tuple(a for a in range(count) if a not in lanes), one, other, axes)
+
+    @property
+    def count(self) -> int:
+        """How many filters there are."""
+        return math.prod(self.weights)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all filters read the same image."""
+        return all(self.image[a] == 1 for a in self.lanes)
+
+    def filters(self, weights: Tensor, taps: tuple[int, ...]) -> Tensor:
+        """[filters, 1, *taps]."""
+        return weights.reshape(self.count, 1, *taps)
+
+    def fold(self, image: Tensor, *, apart: bool) -> Tensor:
+        """[*batch, heads, *size, e] -> [N, filters, *size], or [N, 1, *size] unless apart."""
+        size = image.shape[-self.axes - 1 : -1]
+        image = (
+            image.reshape(*self.image, *size, -1)
+            if image.numel()
+            else image.new_zeros(*self.image, *size, image.shape[-1])
+        )
+        if apart:
+            wide = [w if a in self.lanes else i for a, (i, w) in enumerate(self._both())]
+            image = image.expand(*wide, *size, -1)
+        e, first = image.dim() - 1, len(self.image)
+        order = (*self.others, e, *self.lanes, *range(first, e))
+        folded = image.permute(order)
+        channels = math.prod(folded.shape[len(self.others) + 1 : -self.axes])
+        return folded.reshape(math.prod(folded.shape[: len(self.others) + 1]), channels, *size)
+
+    def unfold(self, output: Tensor) -> Tensor:
+        """[N, filters, *size] -> [*batch, heads, *size, e]."""
+        size = output.shape[2:]
+        e = output.shape[0] // max(math.prod(self.image[a] for a in self.others), 1)
+        apart = output.reshape(
+            *(self.image[a] for a in self.others), e, *(self.weights[a] for a in self.lanes), *size
+        )
+        came_from = (*self.others, -1, *self.lanes)
+        order = [came_from.index(a) for a in range(len(self.image))]
+        first = len(came_from)
+        return apart.permute(*order, *range(first, first + self.axes), came_from.index(-1))
+
+    def _both(self) -> list[tuple[int, int]]:
+        return list(zip(self.image, self.weights, strict=True))
+
+
+def _read(matrix: Attention, shift: Shift, value: Tensor) -> Tensor:
+    """Each row's only key, times its weight: [*batch, heads, n, e]."""
+    key, some, weights = _of_shift(matrix, shift, value)
+    if value.shape[-2] == 0:
+        value = F.pad(value, (0, 0, 0, 1))  # something to read, for rows that see nothing
+    if value.shape[:-2].numel() == 1 or (value.shape[-3] == 1 and key.dim() <= 2):
+        # Heads that share a value read it where it is.
+        flat = value if value.dim() == 2 else value[..., 0, :, :]
+        read = flat[..., key.flatten(), :].unflatten(-2, key.shape)
+    else:
+        batch = torch.broadcast_shapes(value.shape[:-2], key.shape[:-1])
+        at = key.expand(*batch, -1)[..., None].expand(*batch, -1, value.shape[-1])
+        read = value.expand(*batch, -1, -1).gather(-2, at)
+    return torch.where(some[..., None], read * weights, 0)
+
+
+def _add(matrix: Attention, shift: Shift, x: Tensor) -> Tensor:
+    """Each row of x [*batch, heads, n, e], times its weight, added to its only key."""
+    key, some, weights = _of_shift(matrix, shift, x)
+    terms = torch.where(some[..., None], x * weights, 0)
+    columns = matrix.shape[-1]
+    zeros = terms.new_zeros(*terms.shape[:-2], max(columns, 1), x.shape[-1])
+    sums = zeros.scatter_add(-2, key[..., None].expand_as(terms), terms)
+    return sums[..., :columns, :]
+
+
+def _of_shift(matrix: Attention, shift: Shift, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and which there are, [*batch, heads, n], and their weights [*batch, heads, n, 1]."""
+    key, some = shift.keys(torch.arange(matrix.shape[-2], device=matrix.device))
+    logits = like.new_zeros(1).where(some, -torch.inf)[..., None]
+    return key, some, matrix.rule.normalizer.whole(logits)

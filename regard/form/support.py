@@ -1,0 +1,161 @@
+"""Which keys a row of a position-only matrix can see at all: what the form `convolutional` reads.
+
+A row sees a box of taps, at displacements first + dilation tau from where its query stands. Rows
+whose taps are all within the grid have the same weights; those at a border are told apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from regard.grid import Grid, box
+from regard.mask import And, Causal, Mask, Window
+from regard.neighborhood import Neighborhood
+from regard.position.base import terms
+from regard.position.grid import Field, OnGrid, Shift
+from regard.position.toeplitz import Toeplitz
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+Keys = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From rows [r] to their keys and which of them there are, [r, taps] each."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """The taps of a matrix's rows, and the biases of pairs.
+
+    taps: along each axis; keys: at a border
+    """
+
+    grid: Grid
+    first: tuple[int, ...]
+    dilation: tuple[int, ...]
+    taps: tuple[int, ...]
+    keys: Keys
+    parts: tuple[OnGrid | Toeplitz, ...]
+
+    @property
+    def count(self) -> int:
+        """How many taps there are."""
+        return math.prod(self.taps)
+
+    def inner(self) -> list[range]:
+        """Along each axis, the queries whose taps are all within the grid."""
+        found = []
+        for n, q, s, at, first, d, k in zip(
+            self.grid.size, self.grid.queries, self.grid.stride, self.grid.start,  # type: ignore[arg-type]
+            self.first, self.dilation, self.taps, strict=True,
+        ):  # fmt: skip
+            low = -((at + first) // s)  # the smallest query with at + s query + first >= 0
+            high = (n - 1 - at - first - d * (k - 1)) // s + 1
+            found.append(range(max(low, 0), max(min(high, q), low, 0)) if k else range(0))
+        return found
+
+    def logits(self, i: Tensor, j: Tensor, like: Tensor) -> Tensor:
+        """The biases of pairs of row i [*x] and key j [*x], summed: [*batch, heads, *x]."""
+        total = like.new_zeros(i.shape if i.dim() else ())
+        total = total.expand(torch.broadcast_shapes(i.shape, j.shape))
+        for part in self.parts:
+            total = total + part.of_pairs(i, j).to(like.dtype)
+        return total
+
+
+def find(matrix: Attention) -> Support | Shift | str:
+    """The support of a matrix, its only Shift, or the sentence why it has none."""
+    parts = terms(matrix.position)
+    for part in parts:
+        if not isinstance(part, (OnGrid, Toeplitz)):
+            return f"needs positions that are added by displacement; {part} is not."
+    if any(isinstance(part, Shift) for part in parts):
+        if len(parts) == 1 and matrix.mask is None:
+            return parts[0]  # type: ignore[return-value]
+        return "needs a Shift to be alone, without a mask and other positions."
+    known = [part for part in parts if isinstance(part, (OnGrid, Toeplitz))]
+    return _of_mask(matrix, known) if matrix.mask is not None else _of_field(known)
+
+
+def _of_field(parts: list[OnGrid | Toeplitz]) -> Support | str:
+    fields = [part for part in parts if isinstance(part, Field)]
+    if not fields:
+        return (
+            "needs rows that see few keys: a Field, or a mask such as Neighborhood or "
+            "Window(left, right)."
+        )
+    field = fields[0]
+    displacements = field.displacements(field.table.device)
+
+    def keys(i: Tensor) -> tuple[Tensor, Tensor]:
+        return _at(field.grid, field.grid.places(i)[:, None] + displacements)
+
+    first: tuple[int, ...] = field.first  # type: ignore[assignment]
+    dilation: tuple[int, ...] = field.dilation  # type: ignore[assignment]
+    return _agreed(field.grid, first, dilation, field.taps, keys, parts)
+
+
+def _of_mask(matrix: Attention, parts: list[OnGrid | Toeplitz]) -> Support | str:
+    mask = matrix.mask
+    if isinstance(mask, Neighborhood):
+        sizes: tuple[int, ...] = mask.kernel_size  # type: ignore[assignment]
+        steps: tuple[int, ...] = mask.dilation  # type: ignore[assignment]
+        return _agreed(mask.grid, mask.first, steps, sizes, mask.keys, parts)
+    band = _band(mask)
+    if band is None:
+        return f"needs a mask by displacement: Neighborhood, Window, Causal; {mask} is not."
+    low, high = band
+    if math.isinf(low) or math.isinf(high):
+        return f"needs rows that see few keys; {mask} has no limit on one side."
+    n, m = matrix.shape[-2:]
+    grid, taps = Grid(m, n), (max(int(high - low) + 1, 0),)
+
+    def keys(i: Tensor) -> tuple[Tensor, Tensor]:
+        return _at(grid, (grid.places(i)[:, None] + box(taps, i.device) + int(low)))
+
+    return _agreed(grid, (int(low),), (1,), taps, keys, parts)
+
+
+def _agreed(
+    grid: Grid,
+    first: tuple[int, ...],
+    dilation: tuple[int, ...],
+    taps: tuple[int, ...],
+    keys: Keys,
+    parts: list[OnGrid | Toeplitz],
+) -> Support | str:
+    if grid.axes > 3:
+        return f"has 1, 2 or 3 axes; {grid} has {grid.axes}."
+    for part in parts:
+        if isinstance(part, Toeplitz):
+            # i - j is a displacement only on a line where queries stand side by side.
+            if grid.axes > 1 or grid.stride != (1,):
+                return f"needs positions on one grid; {part} is for lines, not for {grid}."
+        elif part.grid != grid:
+            return f"needs positions and mask on one grid; {part.grid} is not {grid}."
+    return Support(grid, first, dilation, taps, keys, tuple(parts))
+
+
+def _at(grid: Grid, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+    some = grid.inside(coordinates)
+    return torch.where(some, grid.index(coordinates), 0), some
+
+
+def _band(mask: Mask | None) -> tuple[float, float] | None:
+    """The least and largest j - i that a mask of one line shows; None if it is not of that kind."""
+    if isinstance(mask, Causal):
+        return -math.inf, mask.offset
+    if isinstance(mask, Window):
+        left = math.inf if mask.left is None else mask.left
+        right = math.inf if mask.right is None else mask.right
+        return mask.offset - left, mask.offset + right
+    if isinstance(mask, And):
+        one, other = _band(mask.one), _band(mask.other)
+        if one is not None and other is not None:
+            return max(one[0], other[0]), min(one[1], other[1])
+    return None
