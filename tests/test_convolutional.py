@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from laws import NORMALIZERS, Draw, Sizes
 
 from regard import Alibi, Bias, Causal, Dot, Dropout, FormError, PositionOnly, Window, attention
-from regard.form import FORMS, convolutional
+from regard.form import convolutional
 from regard.grid import Grid
 from regard.neighborhood import Neighborhood
 from regard.position import T5, Field, Gaussian, Kerple, Relative, Shift
@@ -148,7 +148,7 @@ def test_product_equals_dense(parts, grid, normalizer, seed):
 
 @pytest.mark.parametrize(("parts", "grid"), PAIRS)
 def test_transpose_equals_dense(parts, grid):
-    matrix, value = build(parts, grid, "sinks", seed=5)
+    matrix, _ = build(parts, grid, "sinks", seed=5)
     x = Draw(1, torch.float64).normal(2, 2, matrix.shape[-2], 3)
     inputs = [t for t in (x, *matrix.rule.tensors()) if t.requires_grad]
     found = []
@@ -160,3 +160,101 @@ def test_transpose_equals_dense(parts, grid):
         found.append([output, *(torch.zeros_like(t) if g is None else g for g, t in pairs)])
     for one, other in zip(*found, strict=True):
         assert_rounding({"": one}, {"": other})
+
+
+LINE, IMAGE = torch.zeros(1, 6, 2), torch.zeros(1, 20, 2)
+FIELD = Field(torch.zeros(1, 3), Grid(6))
+REFUSED = {
+    "content": (LINE, {"score": Dot(), "position": FIELD}, "compares vectors"),
+    "dropout": (LINE, {"position": FIELD, "dropout": Dropout(0.1)}, "draws for single pairs"),
+    "bias": (LINE, {"position": FIELD + Bias(torch.zeros(6, 6))}, "by displacement"),
+    "masked shift": (
+        LINE,
+        {"position": Shift(torch.zeros(1, 1).long(), Grid(6)), "mask": Causal()},
+        "Shift to be alone",
+    ),
+    "far": (LINE, {"position": Alibi.of(1)}, "rows that see few keys"),
+    "one way": (LINE, {"position": Alibi.of(1), "mask": Causal()}, "no limit on one side"),
+    "mask": (LINE, {"position": FIELD, "mask": ~Causal()}, "mask by displacement"),
+    "grids": (
+        IMAGE,
+        {"position": Field(torch.zeros(1, 1, 1), Grid((5, 4))), "mask": Neighborhood((4, 5), 3)},
+        "on one grid",
+    ),
+    "line on an image": (
+        IMAGE,
+        {"position": Alibi.of(1), "mask": Neighborhood((4, 5), 3)},
+        "is for lines",
+    ),
+    "axes": (LINE, {"mask": Neighborhood((1, 1, 2, 3), 1)}, "1, 2 or 3 axes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_convolution_is_refused_and_runs_elsewhere(name):
+    tokens, parts, words = REFUSED[name]
+    matrix = attention(tokens, tokens, **{"score": PositionOnly(), **parts})
+    with pytest.raises(FormError, match=words):
+        matrix.matmul(tokens, form="convolutional")
+    assert words in matrix.explain().not_chosen["convolutional"]
+
+
+def test_it_is_chosen_and_says_what_it_runs():
+    tokens = torch.zeros(2, 48, 5)
+    near = Neighborhood((6, 8), 3)
+    matrix = attention(tokens, tokens, score=PositionOnly(), mask=near)
+    found = matrix.explain()
+    assert found.form == "convolutional"
+    assert "9 taps, and 24 rows at borders" in found.kernel
+    assert found.pairs == 2 * 48 * 9
+    shift = Shift(torch.tensor([[0, 1], [1, 0]]), Grid((6, 8)))
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=shift)
+    assert "a read of one key" in matrix.explain().kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parts", ["shift, replicate", "field + gaussian", "gaussian, shifted box"])
+def test_low_precision_error_is_at_most_twice_that_of_dense(parts, dtype):
+    """Against float64 dense: error(form) <= 2 error(dense in that dtype) + one rounding."""
+    eps = torch.finfo(dtype).eps
+    exact, low = (build(parts, "image", "softmax", 3, kind) for kind in (torch.float64, dtype))
+    for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
+        high.data.copy_(rounded)
+    reference, terms = laws.results(*exact, "dense"), laws.contributions(*exact)
+    form, dense = (laws.results(*low, name) for name in ("convolutional", "dense"))
+    for name, right in reference.items():
+        scale = eps * float(terms.get(name, right).norm()) or 1.0
+        error, allowed = (float((x[name] - right).norm()) / scale for x in (form, dense))
+        assert error <= 2 * allowed + 1, f"{name}: {error:.2f} roundings, dense {allowed:.2f}"
+
+
+def test_gradients_of_gradients():
+    """Unlike tiles, a convolution is differentiated as often as one likes."""
+    matrix, value = build("gaussian, cut box", "image", "softmax", 0)
+    tensors = [value, *matrix.rule.tensors()]
+
+    def run(value, *own):
+        given = [matrix.query, matrix.key, value, *own]
+        return laws.on(matrix, given, "convolutional")[..., :6, :]
+
+    assert torch.autograd.gradgradcheck(run, tensors)
+
+
+def test_a_large_field_stores_nothing_of_the_size_of_the_matrix(monkeypatch):
+    """128 x 128 tokens: a dense matrix would be 2^28 numbers a head."""
+    largest = 0
+    whole = torch.nn.functional.conv2d
+
+    def watched(image, *rest, **more):
+        nonlocal largest
+        largest = max(largest, image.numel())
+        return whole(image, *rest, **more)
+
+    monkeypatch.setattr(convolutional, "CONVOLUTIONS", (None, watched, None))
+    grid = Grid((128, 128))
+    tokens = torch.zeros(2, grid.rows, 0)
+    value = torch.ones(1, grid.rows, 3)
+    spot = Field(torch.randn(2, 7, 7), grid)
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=spot)
+    assert ((matrix @ value) - 1).abs().max() < 1e-5  # rows sum to 1
+    assert 0 < largest <= 3 * grid.rows

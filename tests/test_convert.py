@@ -1,0 +1,289 @@
+"""A convolution and the attention made of it are one function, gradients included."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regard import FormError, PositionOnly, attention
+from regard.convert import from_conv, to_conv
+from regard.convert.conv import few_heads
+from regard.errors import DtypeError, ShapeError
+from regard.grid import Grid
+from regard.neighborhood import Neighborhood
+from regard.position import Gaussian
+
+EPS = torch.finfo(torch.float64).eps
+MODES = ("zeros", "replicate", "reflect", "circular")
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def made(axes, channels, out, kernel, seed=0, **more):
+    torch.manual_seed(seed)
+    return CONVS[axes](channels, out, kernel, **more).double()
+
+
+def tokens(grid, heads):
+    """Queries and keys of so many heads, which position alone tells apart."""
+    return normal(heads, grid.rows, 0), normal(1, grid.columns, 0)
+
+
+def everything(layer, x, upstream):
+    """Output and gradients with respect to input, weight and bias."""
+    x = x.clone().requires_grad_()
+    output = layer(x)
+    inputs = [x, *(p for p in (layer.weight, layer.bias) if p is not None)]
+    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
+
+def bounds(conv, x, upstream):
+    """Running error bounds of all of these: (terms + 4) eps (sum of the terms' sizes).
+
+    The convolution of absolute values sums the sizes, that of ones counts the terms (Higham 2002,
+    eq. 3.5).
+    """
+    sizes, counts = copy.deepcopy(conv), copy.deepcopy(conv)
+    for size, count in zip(sizes.parameters(), counts.parameters(), strict=True):
+        size.data.abs_()
+        count.data.fill_(1)
+    sizes, ones = everything(sizes, x.abs(), upstream.abs()), torch.ones_like
+    counts = everything(counts, ones(x), ones(upstream))
+    return [(count + 4) * EPS * size for count, size in zip(counts, sizes, strict=True)]
+
+
+KERNELS = [(axes, k) for axes in (1, 2) for k in (1, 2, 3, 5)] + [(2, (3, 2))]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("axes", "kernel"), KERNELS)
+def test_attention_is_the_convolution_within_rounding(axes, kernel, mode):
+    """Every stride, padding, dilation and number of groups; every other case has a bias."""
+    x, tried = normal(2, 2, *(9, 10)[:axes]), 0
+    for stride, padding, dilation, groups in itertools.product(
+        (1, 2), (0, 1, 2, "same", "valid"), (1, 2), (1, 2)
+    ):
+        if padding == "same" and stride > 1:
+            continue  # torch has no such convolution
+        more = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        tried += 1
+        conv = made(axes, 2, 4, kernel, bias=tried % 2 == 0, padding_mode=mode, **more)
+        upstream = normal(*conv(x).shape, seed=1)
+        found = everything(from_conv(conv), x, upstream)
+        wanted = everything(conv, x, upstream)
+        for one, other, bound in zip(found, wanted, bounds(conv, x, upstream), strict=True):
+            assert one.shape == other.shape
+            assert ((one - other).abs() <= bound).all(), more
+    assert tried == 36
+
+
+@pytest.mark.parametrize("heads", ["kernel", "min", "gaussian"])
+@pytest.mark.parametrize("mode", MODES)
+def test_volumes_without_a_batch(mode, heads):
+    conv = made(3, 2, 4, (2, 3, 1), padding=(1, 1, 0), groups=2, padding_mode=mode)
+    x = normal(2, 3, 4, 2)
+    torch.testing.assert_close(from_conv(conv, heads=heads)(x), conv(x), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("heads", ["kernel", "min", "gaussian"])
+def test_dtype_and_the_way_back(heads):
+    conv = nn.Conv2d(1, 2, (3, 2), padding="same", dilation=(2, 1))
+    layer = from_conv(conv, heads=heads)
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    x = normal(2, 1, 5, 6).float()
+    torch.testing.assert_close(layer(x), conv(x))
+    if heads == "gaussian":
+        with pytest.raises(FormError, match="is no convolution"):
+            to_conv(layer)
+        return
+    back = to_conv(layer)
+    assert (back.padding, back.dilation) == (conv.padding, conv.dilation)
+    torch.testing.assert_close(back(x), conv(x))
+
+
+def test_rows_show_which_pixels_an_output_reads():
+    """Pixel (0, 0) of a padded 3 x 3 convolution: four taps are there, five rows are empty."""
+    matrix = from_conv(nn.Conv2d(1, 1, 3, padding=1)).matrix((4, 5))
+    rows = matrix[:, 0]
+    assert rows.sum(-1).tolist() == [0, 0, 0, 0, 1, 1, 0, 1, 1]
+    assert [int(rows[h].argmax()) for h in (4, 5, 7, 8)] == [0, 1, 5, 6]
+    assert torch.equal(matrix.dense(), matrix.matmul(torch.eye(20), form="convolutional"))
+
+
+def test_shared_parameters_train_together():
+    conv = made(2, 2, 3, 3, padding=1)
+    layer = from_conv(conv, share=True)
+    assert layer.weight is conv.weight
+    assert from_conv(conv).weight is not conv.weight
+    layer(normal(1, 2, 4, 4)).sum().backward()
+    assert conv.weight.grad is not None
+    with pytest.raises(ValueError, match="share=False"):
+        from_conv(made(2, 1, 1, 3), heads="min", share=True)
+
+
+# Borders: what stands for the pixels that are not there
+
+
+def hard(grid):
+    """One-hot heads in the limit, at the nine taps of a 3 x 3 kernel."""
+    centre = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).double()
+    return Gaussian.of(centre, grid, alpha=46.0)
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_hard_heads_without_virtual_pixels_replicate_the_border(form):
+    grid, x = Grid((5, 6)), normal(5, 6)
+    matrix = attention(*tokens(grid, 9), score=PositionOnly(), position=hard(grid))
+    found = matrix.matmul(x.reshape(-1, 1), form=form).reshape(9, 5, 6)
+    padded = F.pad(x[None, None], (1, 1, 1, 1), "replicate")
+    assert torch.equal(found, F.unfold(padded, 3).reshape(9, 5, 6))
+
+
+def test_virtual_pixels_of_value_zero_pad_with_zeros():
+    conv = made(2, 1, 1, 3, padding=1)
+    x = normal(1, 1, 5, 6)
+    found = from_conv(conv, heads="gaussian")(x)
+    torch.testing.assert_close(found, conv(x), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled", "convolutional"])
+def test_soft_heads_are_a_convolution_over_one_of_ones(form):
+    """softmax over the keys that exist = conv(x, w) / conv(1, w), w = exp(bias)."""
+    grid, x = Grid((5, 6)), normal(1, 1, 5, 6)
+    spot = Gaussian.of(torch.tensor([[0.3, -0.8]]).double(), grid, alpha=0.7)
+    near = Neighborhood((5, 6), 3, border="cut")
+    matrix = attention(*tokens(grid, 1), score=PositionOnly(), position=spot, mask=near)
+    away = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).double() - spot.centre
+    w = (-0.7 * away.square().sum(-1)).exp().reshape(1, 1, 3, 3)
+    wanted = F.conv2d(x, w, padding=1) / F.conv2d(torch.ones_like(x), w, padding=1)
+    found = matrix.matmul(x.reshape(1, 30, 1), form=form).reshape(1, 1, 5, 6)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", [2, 5, 10, 20, 30, 40, 46, 50])
+def test_soft_becomes_hard_under_the_bound(alpha):
+    """|error| <= 2 eps max|x| sum|W|, eps = 1 - theta^-2, theta = sum over m of e^(-alpha m^2)."""
+    conv, x = made(2, 4, 5, 3, padding=1), normal(1, 4, 8, 8)
+    error = (from_conv(conv, heads="gaussian", alpha=alpha)(x) - conv(x)).abs()
+    theta = torch.exp(-alpha * torch.arange(-9.0, 10).double().square()).sum()
+    weight = conv.weight.abs().sum((1, 2, 3))[:, None, None]
+    off = -torch.expm1(-2 * torch.log1p(theta - 1))
+    rounding = 40 * EPS * weight * x.abs().max()  # of 36 products, in either
+    assert (error <= 2 * off * x.abs().max() * weight + rounding).all()
+    if alpha < 20:  # the bound is not empty: what is off the centre shows
+        assert error.max() > 0.01 * off
+    if alpha >= 46:
+        weights = from_conv(conv, heads="gaussian", alpha=alpha).matrix((8, 8)).dense()
+        assert (weights.amax(-1) == 1).all()
+
+
+# Few heads with finite scores
+
+
+def filters(*rows):
+    return torch.tensor(rows, dtype=torch.float64)[None, None]
+
+
+SOBEL, BOX = filters([1, 0, -1], [2, 0, -2], [1, 0, -1]), filters(*[[1, 1, 1]] * 3)
+FILTERS = {
+    "sobel": (SOBEL, 2),
+    "laplacian": (filters([0, 1, 0], [1, -4, 1], [0, 1, 0]), 2),
+    "gaussian": (filters([1, 2, 1], [2, 4, 2], [1, 2, 1]), 1),
+    "minus a box": (-BOX[:, :, :2], 1),
+    "sobel and box": (torch.cat([SOBEL, BOX]), 2),
+    "nothing": (0 * BOX, 1),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_filter_is_one_head_or_two(name):
+    weight, heads = FILTERS[name]
+    conv = made(2, 1, len(weight), tuple(weight.shape[2:]), padding=1, bias=False)
+    conv.weight.data.copy_(weight)
+    layer, x = from_conv(conv, heads="min"), normal(1, 1, 7, 7)
+    assert layer.num_heads == heads
+    assert torch.isfinite(layer.position().table).all()
+    assert (layer(x) - conv(x)).abs().max() <= 1e-13
+    back = to_conv(layer)
+    assert (back.weight - conv.weight).abs().max() <= 1e-14 * max(1, weight.abs().max())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+@pytest.mark.parametrize("positive", [False, True])
+def test_rank_plus_one_heads_or_rank_where_a_positive_vector_is_spanned(rank, positive):
+    left, right = normal(9, rank, seed=rank), normal(rank, 6, seed=3)
+    left = left - left.mean(0)  # orthogonal to the uniform vector, so that none is positive
+    if positive:
+        left[:, 0] = normal(9, seed=9).abs() + 1
+    weight = (left @ right).mT.reshape(3, 2, 3, 3)
+    scores, mix = few_heads(weight)
+    assert len(scores) == (rank if positive else rank + 1)
+    assert torch.isfinite(scores).all()
+    rebuilt = torch.einsum("oih,ht->oit", mix, scores.softmax(-1)).reshape(weight.shape)
+    assert (rebuilt - weight).abs().max() <= 1e-13 * weight.abs().max()
+
+
+def test_a_full_kernel_keeps_a_head_for_each_tap():
+    layer = from_conv(made(2, 3, 4, 3), heads="min")
+    assert (layer.num_heads, layer.matrix((5, 5)).shape) == (9, (9, 9, 25))
+
+
+# A model
+
+
+@pytest.mark.parametrize("heads", ["kernel", "gaussian"])
+def test_a_converted_network_has_the_same_logits_and_trains(heads):
+    torch.manual_seed(0)
+    cnn = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(45, 3),
+    ).double()  # fmt: skip
+    model = copy.deepcopy(cnn)
+    model[0], model[2] = (from_conv(cnn[i], heads=heads) for i in (0, 2))
+    x, labels = normal(6, 1, 8, 8), torch.arange(6) % 3
+    assert (model(x) - cnn(x)).abs().max() <= 1e-10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(model(x), labels))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2]
+
+
+# Words
+
+
+ERRORS = {
+    "transposed": (lambda: from_conv(nn.ConvTranspose2d(1, 1, 3)), DtypeError, r"A\.mT @ x"),
+    "linear": (lambda: from_conv(nn.Linear(2, 2)), DtypeError, "not Linear"),
+    "lazy": (lambda: from_conv(nn.LazyConv2d(1, 3)), ShapeError, "run it on an input"),
+    "heads": (lambda: from_conv(nn.Conv1d(1, 1, 3), heads="all"), ValueError, "'min'"),
+    "small": (
+        lambda: from_conv(nn.Conv1d(1, 1, 3, dilation=2))(torch.zeros(1, 1, 4)),
+        ShapeError,
+        r"reaches over \(5,\)",
+    ),
+    "channels": (
+        lambda: from_conv(nn.Conv1d(2, 1, 3))(torch.zeros(1, 3, 4)),
+        ShapeError,
+        r"\[\*batch, 2",
+    ),
+    "back": (lambda: to_conv(nn.Conv1d(1, 1, 1)), DtypeError, "layer must be"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_would_work(name):
+    call, kind, words = ERRORS[name]
+    with pytest.raises(kind, match=words):
+        call()
