@@ -12,7 +12,21 @@ from bench import peers, work
 from bench.contestant import Contestant
 from bench.problem import Parts, Problem, Shape, Tensors, nothing
 from bench.work import Work
-from regard import Additive, Alibi, Bias, Causal, Documents, Dot, Dropout, Softmax, Window
+from regard import (
+    Additive,
+    Alibi,
+    Bias,
+    Causal,
+    Documents,
+    Dot,
+    Dropout,
+    PositionOnly,
+    Softmax,
+    Window,
+)
+from regard.grid import Grid
+from regard.neighborhood import Neighborhood
+from regard.position import Gaussian
 
 LEFT = 256
 """Neighbours to the left in a window; with the token itself it shows 257 keys."""
@@ -165,6 +179,42 @@ def additives() -> list[Case]:
     return found
 
 
+SIDE, TAPS = 64, 7
+"""Of an image, and of the field that its heads see."""
+
+
+def spots(tensors: Tensors) -> Parts:
+    """Heads that look at a soft spot of the field, which learns."""
+    near = Neighborhood((SIDE, SIDE), TAPS, border="cut")
+    spot = Gaussian(tensors["centre"], tensors["sharpness"], Grid((SIDE, SIDE)))
+    return {"score": PositionOnly(), "position": spot, "mask": near}
+
+
+def centres(shape: Shape) -> Tensors:
+    """Where they look, and how sharply."""
+    return {"centre": torch.randn(shape.heads, 2), "sharpness": torch.rand(shape.heads)}
+
+
+def fields() -> list[Case]:
+    """Position alone: a convolution against the same matrix as a matrix."""
+    found = []
+    for train in (False, True):
+        learned = ("centre", "sharpness")
+        problem = Problem(
+            Shape(1, 2, SIDE * SIDE, 64), spots, centres, learned=learned, train=train
+        )
+        contestants = (
+            Contestant("regard", problem, peers.product, ours=True),
+            Contestant(
+                "torch conv2d by hand", problem, partial(peers.convolution, side=SIDE, taps=TAPS)
+            ),
+            Contestant("regard, form dense", problem, partial(peers.product_in, form="dense")),
+        )
+        title = f"field of {TAPS} x {TAPS} on {SIDE} x {SIDE}"
+        found.append(Case(title, contestants, work.TAPS, footprint=not train))
+    return found
+
+
 def looking() -> list[Case]:
     """Statistics of a map that is never stored."""
     problem = Problem(Shape(1, 1, 16384, 64), looked=True)
@@ -247,4 +297,4 @@ def prices() -> list[Case]:
     ]
 
 
-CASES = [*plain(), *decode(), *window(), *additives(), *looking(), *small(), *prices()]
+CASES = [*plain(), *decode(), *window(), *additives(), *fields(), *looking(), *small(), *prices()]

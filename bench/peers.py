@@ -22,6 +22,34 @@ def product(problem: Problem, tensors: Tensors) -> Prepared:
     return Prepared(lambda: regard.attention(query, key, **problem.parts(tensors)) @ value)
 
 
+def product_in(problem: Problem, tensors: Tensors, form: str) -> Prepared:
+    """Regard, in a form that it would not choose."""
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    return Prepared(
+        lambda: regard.attention(query, key, **problem.parts(tensors)).matmul(value, form=form)
+    )
+
+
+def convolution(problem: Problem, tensors: Tensors, side: int, taps: int) -> Prepared:
+    """Gaussian heads by hand: conv(value, w) / conv(1, w), as their authors' code does it."""
+    shape, ones = problem.shape, torch.ones(1, problem.shape.heads, side, side)
+    axis = torch.arange(taps) - taps // 2
+    displacements = torch.cartesian_prod(axis, axis)
+
+    def call() -> Tensor:
+        away = displacements - tensors["centre"][:, None]
+        alpha = tensors["sharpness"].square()[:, None]
+        w = (-alpha * away.square().sum(-1)).exp().view(shape.heads, 1, taps, taps)
+        image = tensors["value"].mT.reshape(1, shape.heads * shape.out, side, side)
+        wide = w.repeat_interleave(shape.out, 0)
+        sums = F.conv2d(image, wide, padding=taps // 2, groups=shape.heads * shape.out)
+        sums = sums.view(shape.heads, shape.out, shape.n)
+        totals = F.conv2d(ones, w, padding=taps // 2, groups=shape.heads)
+        return (sums / totals.view(shape.heads, 1, shape.n)).mT[None]
+
+    return Prepared(call)
+
+
 def looks(problem: Problem, tensors: Tensors) -> Prepared:
     """Regard: four ways of looking at one matrix, and what comes with them."""
 

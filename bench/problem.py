@@ -132,7 +132,7 @@ class Problem:
         if not self.train:
             return {"output": output}
         leaves = [tensors[name] for name in self.leaves]
-        gradients = torch.autograd.grad(output, leaves, tensors["upstream"])
+        gradients = torch.autograd.grad(output, leaves, tensors["upstream"], materialize_grads=True)
         named = {f"gradient of {n}": g for n, g in zip(self.leaves, gradients, strict=True)}
         return {"output": output.detach(), **named}
 
@@ -168,7 +168,9 @@ class Problem:
             if self.train:
                 upstream = exact["upstream"][lane][block]
                 for total, part in zip(
-                    totals, torch.autograd.grad(output, leaves, upstream), strict=True
+                    totals,
+                    torch.autograd.grad(output, leaves, upstream, materialize_grads=True),
+                    strict=True,
                 ):
                     total += part
         for name, total in zip(self.leaves, totals, strict=True):

@@ -31,6 +31,11 @@ def _logits(problem: Problem, pairs: int) -> float:
     return pairs * 2 * problem.shape.width
 
 
+def _taps(problem: Problem, pairs: int) -> float:
+    # A product forward; backward one for value and one for the weights.
+    return (3 if problem.train else 1) * pairs * 2 * problem.shape.out
+
+
 def _triples(problem: Problem, pairs: int) -> float:
     return pairs * problem.shape.width
 
@@ -44,6 +49,8 @@ def _cache(problem: Problem, pairs: int) -> float:
 PRODUCTS = Work("GF/s", _products, "flops")
 LOGITS = Work("GF/s", _logits, "flops")
 """Looking needs every logit once."""
+TAPS = Work("GF/s", _taps, "flops")
+"""Position alone: no logit is a product."""
 TRIPLES = Work("G(i,j,d)/s", _triples, None)
 """Additive scores: an activation per query, key and channel, which is not an FMA."""
 CACHE = Work("GB/s", _cache, "bytes")

@@ -63,22 +63,22 @@ def from_conv(
     >>> (layer(x) - conv(x)).abs().max() < 1e-12, layer.matrix((7, 7))[4, 5].nonzero()
     (tensor(True), tensor([[18]]))
     """
-    _check(conv, heads)
-    weight, bias = conv.weight, conv.bias
+    given: Any = _checked(conv, heads)
+    weight, bias = given.weight, given.bias
     if not share:
         weight, bias = (p if p is None else p.detach().clone() for p in (weight, bias))
-    kernel_size = tuple(conv.kernel_size)
+    kernel_size = tuple(given.kernel_size)
     geometry = Geometry(
-        kernel_size, tuple(conv.stride), _padding(conv), tuple(conv.dilation), conv.padding_mode
+        kernel_size, tuple(given.stride), _padding(given), tuple(given.dilation), given.padding_mode
     )
     grid = Grid(kernel_size)  # of no input yet: every input brings its own
-    taps = box(kernel_size, conv.weight.device)
+    taps = box(kernel_size, given.weight.device)
     offsets = taps * grid.tensor(geometry.dilation, taps)
-    position: OnGrid = Shift(offsets, grid, conv.padding_mode)
+    position: OnGrid = Shift(offsets, grid, given.padding_mode)
     if heads == "gaussian":
-        position = Gaussian.of(offsets.to(conv.weight.dtype), grid, alpha=alpha)
+        position = Gaussian.of(offsets.to(given.weight.dtype), grid, alpha=alpha)
     elif heads == "min":
-        logits, mix = few_heads(conv.weight.detach())
+        logits, mix = few_heads(given.weight.detach())
         if len(logits) < len(taps):
             if share:
                 raise ValueError(
@@ -88,7 +88,7 @@ def from_conv(
             table = logits.reshape(-1, *kernel_size).requires_grad_()
             position = Field(table, grid, first=0, dilation=geometry.dilation)
             weight = mix
-    return ConvAttention(weight, bias, position, geometry, groups=conv.groups)
+    return ConvAttention(weight, bias, position, geometry, groups=given.groups)
 
 
 def to_conv(layer: ConvAttention) -> nn.Module:
@@ -119,7 +119,7 @@ def to_conv(layer: ConvAttention) -> nn.Module:
     # Only "same" pads two sides differently.
     uneven = any(left != right for left, right in geometry.padding)
     make: Any = CONVS[len(geometry.stride) - 1]
-    conv: nn.Module = make(
+    conv: Any = make(
         weight.shape[1] * layer.groups,
         weight.shape[0],
         geometry.kernel_size,
@@ -134,9 +134,10 @@ def to_conv(layer: ConvAttention) -> nn.Module:
     )
     with torch.no_grad():
         conv.weight.copy_(weight.reshape(conv.weight.shape))
-        if layer.bias is not None and conv.bias is not None:
+        if layer.bias is not None:
             conv.bias.copy_(layer.bias)
-    return conv
+    found: nn.Module = conv
+    return found
 
 
 def few_heads(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +175,7 @@ def few_heads(weight: Tensor) -> tuple[Tensor, Tensor]:
     return columns.mT.log().to(weight.dtype).contiguous(), mix.to(weight.dtype).contiguous()
 
 
-def _padding(conv: nn.Module) -> tuple[tuple[int, int], ...]:
+def _padding(conv: Any) -> tuple[tuple[int, int], ...]:
     """(left, right) for each axis; what "same" cannot halve goes to the right, as in torch."""
     if conv.padding == "valid":
         return ((0, 0),) * len(conv.kernel_size)
@@ -184,7 +185,7 @@ def _padding(conv: nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((p, p) for p in axes_of("padding", conv.padding, len(conv.kernel_size)))
 
 
-def _check(conv: nn.Module, heads: str) -> None:
+def _checked(conv: Any, heads: str) -> nn.Module:
     if heads not in HEADS:
         raise ValueError(f"heads is one of {', '.join(map(repr, HEADS))}, not {heads!r}.")
     if isinstance(conv, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
@@ -203,3 +204,4 @@ def _check(conv: nn.Module, heads: str) -> None:
             f"{type(conv).__name__} has no weights yet; run it on an input first."
         )
     errors.check_tensor("the convolution's weight", conv.weight)
+    return conv

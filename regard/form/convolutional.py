@@ -106,8 +106,9 @@ class Split:
     def of(matrix: Attention, found: Support, dtype: torch.dtype) -> Split:
         """Split a matrix, and compute its weights."""
         grid, inner, like = found.grid, found.inner(), matrix.query.new_zeros(0, dtype=dtype)
-        every = torch.arange(grid.rows, device=matrix.device).reshape(grid.queries)
-        inside = every[tuple(slice(r.start, r.stop) for r in inner)].flatten()
+        every = torch.arange(grid.rows, device=matrix.device)
+        image: Tensor = every.unflatten(0, grid.queries)
+        inside = image[tuple(slice(r.start, r.stop) for r in inner)].flatten()
         outside = torch.ones(grid.rows, dtype=torch.bool, device=matrix.device)
         outside[inside] = False
         rows = outside.nonzero()[:, 0]
@@ -126,7 +127,7 @@ class Split:
         """Rows of the border: [*batch, heads, r, e]."""
         if self._spread(value):
             return self._matrix(value.shape[-2]) @ value
-        of_rows = value[..., self.keys.flatten(), :].unflatten(-2, self.keys.shape)
+        of_rows: Tensor = value[..., self.keys.flatten(), :].unflatten(-2, self.keys.shape)
         return (self.of_rows[..., None, :] @ of_rows)[..., 0, :]
 
     def border_transposed(self, x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class Split:
 
     def inner_product(self, value: Tensor) -> Tensor:
         """Rows inside, as a convolution: [*batch, heads, rows, e]."""
-        image = value.unflatten(-2, self.support.grid.size)  # type: ignore[arg-type]
+        image = value.unflatten(-2, self.support.grid.size)
         if not self._has_inner:
             batch = torch.broadcast_shapes(value.shape[:-2], self.weights.shape[:-2])
             return value.new_zeros(*batch, 0, value.shape[-1])

@@ -97,8 +97,9 @@ class ConvAttention(nn.Module):
                 f"{weight.shape[0]} output channels cannot be split into {groups} groups."
             )
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-        given = bias is None or isinstance(bias, nn.Parameter)
-        self.bias = bias if given else nn.Parameter(bias)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.bias = bias
         self.position = Learnable(position)
         self.geometry, self.groups, self.num_heads = geometry, groups, heads
         self._virtual = not isinstance(position, Shift)
@@ -126,7 +127,9 @@ class ConvAttention(nn.Module):
         output = (mixed.flatten(-2) @ weight.mT).mT.flatten(-3, -2)  # [*batch, out, n]
         if self.bias is not None:
             output = output + self.bias[:, None]
-        return output.unflatten(-1, self._grid(tuple(x.shape[-axes:])).queries)
+        grid = self._grid(tuple(x.shape[-axes:]))
+        image: Tensor = output.unflatten(-1, grid.queries)
+        return image
 
     def _grid(self, size: tuple[int, ...]) -> Grid:
         return self.geometry.grid(size, padded=self._virtual)
