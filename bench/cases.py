@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -185,8 +186,9 @@ SIDE, TAPS = 64, 7
 
 def spots(tensors: Tensors) -> Parts:
     """Heads that look at a soft spot of the field, which learns."""
-    near = Neighborhood((SIDE, SIDE), TAPS, border="cut")
-    spot = Gaussian(tensors["centre"], tensors["sharpness"], Grid((SIDE, SIDE)))
+    side = math.isqrt(tensors["query"].shape[-2])
+    near = Neighborhood((side, side), TAPS, border="cut")
+    spot = Gaussian(tensors["centre"], tensors["sharpness"], Grid((side, side)))
     return {"score": PositionOnly(), "position": spot, "mask": near}
 
 
@@ -205,9 +207,7 @@ def fields() -> list[Case]:
         )
         contestants = (
             Contestant("regard", problem, peers.product, ours=True),
-            Contestant(
-                "torch conv2d by hand", problem, partial(peers.convolution, side=SIDE, taps=TAPS)
-            ),
+            Contestant("torch conv2d by hand", problem, partial(peers.convolution, taps=TAPS)),
             Contestant("regard, form dense", problem, partial(peers.product_in, form="dense")),
         )
         title = f"field of {TAPS} x {TAPS} on {SIDE} x {SIDE}"

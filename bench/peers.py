@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -30,9 +31,10 @@ def product_in(problem: Problem, tensors: Tensors, form: str) -> Prepared:
     )
 
 
-def convolution(problem: Problem, tensors: Tensors, side: int, taps: int) -> Prepared:
+def convolution(problem: Problem, tensors: Tensors, taps: int) -> Prepared:
     """Gaussian heads by hand: conv(value, w) / conv(1, w), as their authors' code does it."""
-    shape, ones = problem.shape, torch.ones(1, problem.shape.heads, side, side)
+    shape, side = problem.shape, math.isqrt(problem.shape.n)
+    ones = torch.ones(1, shape.heads, side, side)
     axis = torch.arange(taps) - taps // 2
     displacements = torch.cartesian_prod(axis, axis)
 

@@ -153,6 +153,62 @@ def box(sizes: Sequence[int], device: torch.device) -> Tensor:
     return _unravel(torch.arange(math.prod(sizes), device=device), tuple(sizes))
 
 
+def to_patches(image: Tensor, size: Numbers) -> tuple[Tensor, Grid]:
+    """An image as a set of vectors: [*batch, channels, *size] -> [*batch, n, channels patch].
+
+    A vector holds the pixels of one patch, channel by channel, as `torch.nn.Conv2d` orders its
+    weights: the first layer of a vision transformer, Conv2d(channels, d_model, p, stride=p), is
+    to_patches(image, p) @ weight.flatten(1).mT + bias. The grid says where each patch stands.
+
+    size: of a patch, a number for each axis of the image, such as (height, width)
+    Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1.
+    Raises ShapeError where patches do not tile the image.
+
+    >>> tokens, grid = to_patches(torch.arange(8.0).reshape(1, 2, 4), (1, 2))
+    >>> tokens.tolist(), grid
+    ([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]], Grid((2, 2)))
+    >>> from_patches(tokens, grid, (1, 2)).tolist()
+    [[[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]]]
+    """
+    patch = axes_of("to_patches' size", size, None, least=1)
+    axes = len(patch)
+    errors.check_tensor("image", image, shape="[*batch, channels, *size]", dims=axes + 1)
+    whole = image.shape[-axes:]
+    if any(n % p for n, p in zip(whole, patch, strict=True)):
+        raise errors.ShapeError(
+            f"an image of {tuple(whole)} cannot be cut into patches of {patch}: each axis must be "
+            "a multiple of the patch's; pad or crop it first."
+        )
+    grid = Grid(tuple(n // p for n, p in zip(whole, patch, strict=True)))
+    lead = image.dim() - axes
+    split = [side for n, p in zip(whole, patch, strict=True) for side in (n // p, p)]
+    apart = image.reshape(*image.shape[:lead], *split)  # [*batch, c, n_1, p_1, n_2, p_2, ..]
+    counts = [lead + 2 * a for a in range(axes)]
+    order = (*range(lead - 1), *counts, lead - 1, *(c + 1 for c in counts))
+    tokens = apart.permute(order).flatten(lead - 1 + axes).flatten(lead - 1, lead + axes - 2)
+    return tokens, grid
+
+
+def from_patches(tokens: Tensor, grid: Grid, size: Numbers) -> Tensor:
+    """The image that `to_patches` cut: [*batch, n, channels patch] -> [*batch, channels, *size].
+
+    Raises ShapeError where the vectors are not patches of that size on that grid.
+    """
+    patch = axes_of("from_patches' size", size, grid.axes, least=1)
+    errors.check_tensor("tokens", tokens, shape="[*batch, n, channels patch]")
+    if tokens.shape[-2] != grid.columns or tokens.shape[-1] % math.prod(patch):
+        raise errors.ShapeError(
+            f"tokens have shape {errors.show(tokens.shape)}; patches of {patch} on {grid} are "
+            f"{grid.columns} vectors whose width is a multiple of {math.prod(patch)}."
+        )
+    lead, axes = tokens.dim() - 2, grid.axes
+    apart = tokens.reshape(*tokens.shape[:-2], *grid._size, -1, *patch)
+    sides = [place for a in range(axes) for place in (lead + a, lead + axes + 1 + a)]
+    image = apart.permute(*range(lead), lead + axes, *sides)
+    whole = [n * p for n, p in zip(grid._size, patch, strict=True)]
+    return image.reshape(*image.shape[: lead + 1], *whole)
+
+
 def _unravel(index: Tensor, sizes: tuple[int, ...]) -> Tensor:
     found = []
     for size in reversed(sizes):

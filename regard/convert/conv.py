@@ -61,7 +61,7 @@ def from_conv(
     >>> conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="reflect").double()
     >>> layer, x = from_conv(conv), torch.randn(2, 3, 7, 7).double()
     >>> (layer(x) - conv(x)).abs().max() < 1e-12, layer.matrix((7, 7))[4, 5].nonzero()
-    (tensor(True), tensor([[18]]))
+    (tensor(True), tensor([[16]]))
     """
     given: Any = _checked(conv, heads)
     weight, bias = given.weight, given.bias

@@ -106,11 +106,17 @@ class ConvAttention(nn.Module):
 
     def matrix(self, size: Numbers) -> Attention:
         """The lazy matrix [heads, outputs, inputs] for inputs of a size."""
-        return self._matrix(axes_of("size", size, len(self.geometry.stride), least=1), self.weight)
+        axes = len(self.geometry.stride)
+        return self._matrix(axes_of("size", size, axes, least=1), self.weight)
 
     @opaque
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [*batch, in_channels, *size] -> outputs [*batch, out_channels, *out]."""
+        size = self.size_of(x)
+        return self.project(self._matrix(size, x) @ self.tokens(x), size)
+
+    def size_of(self, x: Tensor) -> tuple[int, ...]:
+        """The size of an input [*batch, in_channels, *size]; ShapeError if it is none."""
         axes, channels = len(self.geometry.stride), self.weight.shape[1] * self.groups
         errors.check_tensor("x", x)
         if x.dim() <= axes or x.shape[-axes - 1] != channels:
@@ -118,24 +124,35 @@ class ConvAttention(nn.Module):
                 f"x has shape {errors.show(x.shape)}, but this layer takes [*batch, {channels}, "
                 f"*size] with {axes} axes of size."
             )
-        matrix = self._matrix(tuple(x.shape[-axes:]), x)
-        tokens = (self.geometry.pad(x) if self._virtual else x).flatten(-axes).mT
-        mixed = matrix @ tokens[..., None, :, :]  # [*batch, heads, n, channels]
+        return tuple(x.shape[-axes:])
+
+    @property
+    def movable(self) -> bool:
+        """Whether heads are soft, and so see the padded input."""
+        return self._virtual
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """What the heads see of x, [*batch, 1, m, in_channels]: pixels, virtual ones among them."""
+        padded = self.geometry.pad(x) if self._virtual else x
+        return padded.flatten(-len(self.geometry.stride)).mT[..., None, :, :]
+
+    def project(self, mixed: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Mix what the heads saw, [*batch, heads, n, in_channels], to [*batch, out, *out size]."""
         # One product for each group, over its channels and all heads.
         mixed = mixed.unflatten(-1, (self.groups, -1)).movedim(-4, -1).movedim(-3, -4)
         weight = self.weight.unflatten(0, (self.groups, -1)).flatten(2)  # [g, out / g, c h]
         output = (mixed.flatten(-2) @ weight.mT).mT.flatten(-3, -2)  # [*batch, out, n]
         if self.bias is not None:
             output = output + self.bias[:, None]
-        grid = self._grid(tuple(x.shape[-axes:]))
-        image: Tensor = output.unflatten(-1, grid.queries)
+        image: Tensor = output.unflatten(-1, self.grid(size).queries)
         return image
 
-    def _grid(self, size: tuple[int, ...]) -> Grid:
+    def grid(self, size: tuple[int, ...]) -> Grid:
+        """The outputs among the tokens of an input of this size."""
         return self.geometry.grid(size, padded=self._virtual)
 
     def _matrix(self, size: tuple[int, ...], like: Tensor) -> Attention:
-        grid = self._grid(size)
+        grid = self.grid(size)
         # Position alone decides: queries and keys have no channels.
         return attention(
             like.new_zeros(self.num_heads, grid.rows, 0),
