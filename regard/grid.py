@@ -153,12 +153,12 @@ def box(sizes: Sequence[int], device: torch.device) -> Tensor:
     return _unravel(torch.arange(math.prod(sizes), device=device), tuple(sizes))
 
 
-def to_patches(image: Tensor, size: Numbers) -> tuple[Tensor, Grid]:
+def to_patches(image: Tensor, size: Sequence[int]) -> tuple[Tensor, Grid]:
     """An image as a set of vectors: [*batch, channels, *size] -> [*batch, n, channels patch].
 
     A vector holds the pixels of one patch, channel by channel, as `torch.nn.Conv2d` orders its
     weights: the first layer of a vision transformer, Conv2d(channels, d_model, p, stride=p), is
-    to_patches(image, p) @ weight.flatten(1).mT + bias. The grid says where each patch stands.
+    to_patches(image, (p, p)) @ weight.flatten(1).mT + bias. The grid says where each patch stands.
 
     size: of a patch, a number for each axis of the image, such as (height, width)
     Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1.
@@ -170,6 +170,11 @@ def to_patches(image: Tensor, size: Numbers) -> tuple[Tensor, Grid]:
     >>> from_patches(tokens, grid, (1, 2)).tolist()
     [[[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]]]
     """
+    if not isinstance(size, Sequence):
+        raise errors.ShapeError(
+            f"to_patches' size is {size!r}; it must be one number for each axis of the image, such "
+            f"as ({size}, {size}), since they tell the image's axes from those of a batch."
+        )
     patch = axes_of("to_patches' size", size, None, least=1)
     axes = len(patch)
     errors.check_tensor("image", image, shape="[*batch, channels, *size]", dims=axes + 1)

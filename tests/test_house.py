@@ -82,13 +82,13 @@ def test_imports_point_one_way():
     """errors <- parts <- matrix <- nn, look, cli; forms are fetched late by the matrix."""
     order = [
         {"errors"},
-        {"part", "grouped", "trace", "runs", "opaque"},
+        {"part", "grouped", "trace", "runs", "opaque", "grid"},
         {"dropout", "mask", "normalizer", "position", "score", "custom"},
-        {"rule", "transposed"},
+        {"rule", "transposed", "neighborhood"},
         {"looking"},
         {"matrix"},
         {"form", "indexing", "explain", "picture", "sdpa"},
-        {"nn", "look"},
+        {"nn", "look", "receptive"},
         {"convert"},
         {"cli"},
     ]

@@ -169,7 +169,7 @@ def test_a_field_as_wide_as_the_grid_is_a_free_bias_of_every_displacement():
 @pytest.mark.parametrize(
     ("conv", "size", "patch"),
     [
-        (torch.nn.Conv1d, (6,), 3),
+        (torch.nn.Conv1d, (6,), (3,)),
         (torch.nn.Conv2d, (4, 6), (2, 3)),
         (torch.nn.Conv3d, (2, 4, 6), (1, 2, 3)),
     ],
@@ -178,7 +178,7 @@ def test_a_field_as_wide_as_the_grid_is_a_free_bias_of_every_displacement():
 def test_patches_are_what_a_convolution_with_their_stride_reads(conv, size, patch, batch):
     torch.manual_seed(0)
     layer, image = conv(3, 5, patch, stride=patch).double(), torch.randn(*batch, 3, *size).double()
-    tokens, grid = to_patches(image, patch if isinstance(patch, tuple) else (patch,))
+    tokens, grid = to_patches(image, patch)
     embedded = tokens @ layer.weight.flatten(1).mT + layer.bias
     wanted = layer(image)
     torch.testing.assert_close(embedded.mT, wanted.flatten(-grid.axes), rtol=0, atol=1e-14)
@@ -212,7 +212,8 @@ ERRORS = {
         ShapeError,
         ["centre", "(3,)", "(2,)"],
     ),
-    "patches": (lambda: to_patches(torch.zeros(3, 4, 5), 2), ShapeError, ["(5,)", "(2,)"]),
+    "patches": (lambda: to_patches(torch.zeros(3, 4, 5), (2, 2)), ShapeError, ["(4, 5)"]),
+    "patch axes": (lambda: to_patches(torch.zeros(3, 4, 4), 2), ShapeError, ["as (2, 2)"]),
     "no patches": (
         lambda: from_patches(torch.zeros(4, 6), Grid((2, 2)), 2),
         ShapeError,
