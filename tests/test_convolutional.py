@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import NORMALIZERS, Draw, Sizes
 
-from regard import Alibi, Bias, Causal, Dot, Dropout, FormError, PositionOnly, Window, attention
-from regard.form import convolutional
+from regard import (
+    Alibi,
+    Bias,
+    Causal,
+    Dot,
+    Dropout,
+    FormError,
+    PositionOnly,
+    Sigmoid,
+    Window,
+    attention,
+)
+from regard.form import convolutional, spectral
 from regard.grid import Grid
 from regard.neighborhood import Neighborhood
 from regard.position import T5, Field, Gaussian, Kerple, Relative, Shift
@@ -173,8 +184,13 @@ REFUSED = {
         {"position": Shift(torch.zeros(1, 1).long(), Grid(6)), "mask": Causal()},
         "Shift to be alone",
     ),
-    "far": (LINE, {"position": Alibi.of(1)}, "rows that see few keys"),
-    "one way": (LINE, {"position": Alibi.of(1), "mask": Causal()}, "no limit on one side"),
+    "long, but few": (LINE, {"position": Alibi.of(1)}, "rows of 4096 keys or more"),
+    "long, float64": (
+        LINE.double(),
+        {"position": Alibi.of(1), "mask": Causal()},
+        "rounding would show in torch.float64",
+    ),
+    "long, sigmoid": (LINE, {"position": Alibi.of(1), "normalizer": Sigmoid()}, "under Softmax"),
     "mask": (LINE, {"position": FIELD, "mask": ~Causal()}, "mask by displacement"),
     "grids": (
         IMAGE,
@@ -216,10 +232,15 @@ def test_it_is_chosen_and_says_what_it_runs():
 @pytest.mark.parametrize("parts", ["shift, replicate", "field + gaussian", "gaussian, shifted box"])
 def test_low_precision_error_is_at_most_twice_that_of_dense(parts, dtype):
     """Against float64 dense: error(form) <= 2 error(dense in that dtype) + one rounding."""
-    eps = torch.finfo(dtype).eps
     exact, low = (build(parts, "image", "softmax", 3, kind) for kind in (torch.float64, dtype))
     for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
         high.data.copy_(rounded)
+    assert_within_dense(exact, low, dtype)
+
+
+def assert_within_dense(exact, low, dtype):
+    """Output and gradients, measured in roundings of the norm of what they are sums of."""
+    eps = torch.finfo(dtype).eps
     reference, terms = laws.results(*exact, "dense"), laws.contributions(*exact)
     form, dense = (laws.results(*low, name) for name in ("convolutional", "dense"))
     for name, right in reference.items():
@@ -258,3 +279,75 @@ def test_a_large_field_stores_nothing_of_the_size_of_the_matrix(monkeypatch):
     matrix = attention(tokens, tokens, score=PositionOnly(), position=spot)
     assert ((matrix @ value) - 1).abs().max() < 1e-5  # rows sum to 1
     assert 0 < largest <= 3 * grid.rows
+
+
+# Long rows, by Fourier transforms
+
+
+LONG = {
+    "alibi, causal": (Grid(61), lambda d, g: Alibi(d.positive(2)), Causal()),
+    "alibi, not causal": (Grid(61), lambda d, g: Alibi(d.positive(2), offset=3), None),
+    "few see": (Grid(50, 33), lambda d, g: T5(d.normal(2, 8), max_distance=9), Causal(7)),
+    "one side": (Grid(61), lambda d, g: Kerple(d.positive(2), d.positive(2)), Window(None, 4)),
+    "image": (Grid((7, 9)), lambda d, g: Gaussian(d.normal(2, 2), d.positive(2), g), None),
+    "strided image": (
+        Grid((7, 9), (3, 4), (3, 2), (1, -1)),
+        lambda d, g: Gaussian(d.normal(2, 2), d.positive(2, 2, 2), g),
+        None,
+    ),
+    "volume": (Grid((3, 4, 5)), lambda d, g: Gaussian(d.normal(2, 3), d.positive(2), g), None),
+    "no position": (Grid(20), lambda d, g: None, None),
+}
+
+
+def build_long(name, dtype, seed=2):
+    grid, part, mask = LONG[name]
+    draw = Draw(seed, dtype)
+    query, key = draw.normal(1, 2, grid.rows, 1), draw.normal(2, 1, grid.columns, 1)
+    more = {"score": PositionOnly(), "position": part(draw, grid), "mask": mask}
+    return attention(query, key, **more), draw.normal(2, 1, grid.columns, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LONG)
+def test_long_rows_err_at_most_twice_as_much_as_dense(name, dtype, monkeypatch):
+    monkeypatch.setattr(spectral, "LEAST", 1)
+    exact, low = build_long(name, torch.float64), build_long(name, dtype)
+    for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
+        high.data.copy_(rounded)
+    assert_within_dense(exact, low, dtype)
+    x = Draw(5, dtype).normal(2, 2, low[0].shape[-2], 2)
+    reference = exact[0].mT.matmul(x.double(), form="dense").detach()
+    form, dense = (low[0].mT.matmul(x, form=f) for f in ("convolutional", "dense"))
+    scale = torch.finfo(dtype).eps * float(reference.norm())
+    error, allowed = (float((y - reference).norm()) / scale for y in (form, dense))
+    assert error <= 2 * allowed + 1
+
+
+def test_long_rows_are_chosen_and_cost_no_matrix():
+    """16 384 keys: transforms of 2^15 numbers, where a matrix would have 2^28."""
+    tokens, value = torch.zeros(2, 2**14, 1), torch.ones(2, 2**14, 2)
+    slopes = torch.tensor([0.5, 0.01])
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=Alibi(slopes), mask=Causal())
+    assert "Fourier" in matrix.explain().kernel
+    assert ((matrix @ value) - 1).abs().max() < 1e-5
+    weights = matrix[:, 5000, 4990:5001]
+    steps = torch.zeros(2, 2**14, 1)
+    steps[:, 4990:5001, 0] = torch.arange(11.0)
+    found = (matrix @ steps)[:, 5000, 0]
+    torch.testing.assert_close(found, weights @ torch.arange(11.0))
+
+
+@pytest.mark.parametrize(
+    ("position", "mask"),
+    [
+        (Gaussian.of(torch.tensor([[0.0, -3.0]]), Grid((8, 8)), alpha=46.0), None),
+        (Alibi(torch.tensor([0.5])), Causal(offset=-3)),  # its first rows see nothing
+    ],
+)
+def test_long_rows_that_a_transform_would_lose_are_refused(position, mask, monkeypatch):
+    monkeypatch.setattr(spectral, "LEAST", 1)
+    tokens = torch.zeros(1, 64, 1)
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=position, mask=mask)
+    assert "some row sees next to nothing" in convolutional.needs(matrix)
+    assert matrix.explain().form != "convolutional"

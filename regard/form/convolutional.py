@@ -1,9 +1,10 @@
-"""Position alone, few keys per row: the matrix is a convolution, divided by its rows' sums.
+"""Position alone: the matrix is a convolution, divided by its rows' sums.
 
 output_i = sum_tau w_tau value_{i + tau} / sum_tau w_tau,  w = exp(bias)
 
 (another normalizer takes softmax's place). Rows whose taps are all within the grid have the same
 weights and are one convolution; each row at a border has its own. A `Shift` is a read of one key.
+Rows that see all keys go through Fourier transforms (regard/form/spectral.py).
 reference  regard/form/dense.py::product
 work       2 taps n e flops, forward
 memory     inputs and outputs, and border rows x taps x e
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard import grouped
-from regard.form import support
+from regard.form import spectral, support
+from regard.form.spectral import Long
 from regard.form.support import Support
 from regard.form.tiles import compute_dtype
 from regard.position.grid import Shift
@@ -34,12 +36,14 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def needs(matrix: Attention) -> str | None:
-    """A score and a mask by displacement alone, and few keys per row."""
+    """A score and a mask by displacement alone."""
     if type(matrix.score) is not PositionOnly:
         return f"needs a score of position alone, PositionOnly(); {matrix.score} compares vectors."
     if matrix.dropout is not None:
         return "has no dropout, which draws for single pairs."
     found = support.find(matrix)
+    if isinstance(found, Long):
+        return spectral.needs(matrix, found)
     return found if isinstance(found, str) else None
 
 
@@ -49,6 +53,9 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     rows = matrix.shape[:-1].numel()
     if isinstance(found, Shift):
         return "a read of one key for each row", rows * 8, 1
+    if isinstance(found, Long):
+        numbers = matrix.shape[:-2].numel() * (matrix.shape[-1] + 1) * matrix.key.shape[-1]
+        return "Fourier transforms in float64", 16 * 8 * numbers, 1
     assert isinstance(found, Support)
     border = found.grid.rows - math.prod(map(len, found.inner()))
     lanes = matrix.shape[:-2].numel()
@@ -63,6 +70,8 @@ def product(matrix: Attention, value: Tensor) -> Tensor:
     batch = torch.broadcast_shapes(wide.shape[:-2], matrix.shape[:-2])
     if isinstance(found, Shift):
         return _read(matrix, found, wide).expand(*batch, -1, -1).to(value.dtype)
+    if isinstance(found, Long):
+        return spectral.product(found, wide).expand(*batch, -1, -1).to(value.dtype)
     assert isinstance(found, Support)
     split = Split.of(matrix, found, dtype)
     pieces = [split.inner_product(wide), split.border_product(wide)]
@@ -76,6 +85,8 @@ def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
     wide, batch = x.to(dtype), torch.broadcast_shapes(x.shape[:-2], matrix.shape[:-2])
     if isinstance(found, Shift):
         return _add(matrix, found, wide).expand(*batch, -1, -1).to(x.dtype)
+    if isinstance(found, Long):
+        return spectral.product_transposed(found, wide).expand(*batch, -1, -1).to(x.dtype)
     assert isinstance(found, Support)
     split = Split.of(matrix, found, dtype)
     ordered = wide[..., split.order, :]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from regard.form.spectral import Long
 from regard.grid import Grid, box
 from regard.mask import And, Causal, Mask, Window
 from regard.neighborhood import Neighborhood
@@ -68,8 +69,8 @@ class Support:
         return total
 
 
-def find(matrix: Attention) -> Support | Shift | str:
-    """The support of a matrix, its only Shift, or the sentence why it has none."""
+def find(matrix: Attention) -> Support | Long | Shift | str:
+    """The support of a matrix, all it has, its only Shift, or the sentence why it has none."""
     parts = terms(matrix.position)
     for part in parts:
         if not isinstance(part, (OnGrid, Toeplitz)):
@@ -79,16 +80,15 @@ def find(matrix: Attention) -> Support | Shift | str:
             return parts[0]  # type: ignore[return-value]
         return "needs a Shift to be alone, without a mask and other positions."
     known = [part for part in parts if isinstance(part, (OnGrid, Toeplitz))]
-    return _of_mask(matrix, known) if matrix.mask is not None else _of_field(known)
+    return _of_mask(matrix, known) if matrix.mask is not None else _of_field(matrix, known)
 
 
-def _of_field(parts: list[OnGrid | Toeplitz]) -> Support | str:
+def _of_field(matrix: Attention, parts: list[OnGrid | Toeplitz]) -> Support | Long | str:
     fields = [part for part in parts if isinstance(part, Field)]
     if not fields:
-        return (
-            "needs rows that see few keys: a Field, or a mask such as Neighborhood or "
-            "Window(left, right)."
-        )
+        grids = [part.grid for part in parts if isinstance(part, OnGrid)]
+        grid = grids[0] if grids else Grid(matrix.shape[-1], matrix.shape[-2])
+        return _disagree(grid, parts) or Long(grid, tuple(parts))
     field = fields[0]
     displacements = field.displacements(field.table.device)
 
@@ -100,7 +100,7 @@ def _of_field(parts: list[OnGrid | Toeplitz]) -> Support | str:
     return _agreed(field.grid, first, dilation, field.taps, keys, parts)
 
 
-def _of_mask(matrix: Attention, parts: list[OnGrid | Toeplitz]) -> Support | str:
+def _of_mask(matrix: Attention, parts: list[OnGrid | Toeplitz]) -> Support | Long | str:
     mask = matrix.mask
     if isinstance(mask, Neighborhood):
         sizes: tuple[int, ...] = mask.kernel_size  # type: ignore[assignment]
@@ -110,10 +110,11 @@ def _of_mask(matrix: Attention, parts: list[OnGrid | Toeplitz]) -> Support | str
     if band is None:
         return f"needs a mask by displacement: Neighborhood, Window, Causal; {mask} is not."
     low, high = band
-    if math.isinf(low) or math.isinf(high):
-        return f"needs rows that see few keys; {mask} has no limit on one side."
     n, m = matrix.shape[-2:]
-    grid, taps = Grid(m, n), (max(int(high - low) + 1, 0),)
+    grid = Grid(m, n)
+    if math.isinf(low) or math.isinf(high):
+        return _disagree(grid, parts) or Long(grid, tuple(parts), low, high)
+    taps = (max(int(high - low) + 1, 0),)
 
     def keys(i: Tensor) -> tuple[Tensor, Tensor]:
         return _at(grid, (grid.places(i)[:, None] + box(taps, i.device) + int(low)))
@@ -129,6 +130,12 @@ def _agreed(
     keys: Keys,
     parts: list[OnGrid | Toeplitz],
 ) -> Support | str:
+    wrong = _disagree(grid, parts)
+    return wrong or Support(grid, first, dilation, taps, keys, tuple(parts))
+
+
+def _disagree(grid: Grid, parts: list[OnGrid | Toeplitz]) -> str | None:
+    """Why positions are not on this grid, or None."""
     if grid.axes > 3:
         return f"has 1, 2 or 3 axes; {grid} has {grid.axes}."
     for part in parts:
@@ -138,7 +145,7 @@ def _agreed(
                 return f"needs positions on one grid; {part} is for lines, not for {grid}."
         elif part.grid != grid:
             return f"needs positions and mask on one grid; {part.grid} is not {grid}."
-    return Support(grid, first, dilation, taps, keys, tuple(parts))
+    return None
 
 
 def _at(grid: Grid, coordinates: Tensor) -> tuple[Tensor, Tensor]:
