@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from regard.matrix import Attention
 
 LEAST = 4096
-"""Keys from which on transforms are worth it: on two busy cores, 8 causal heads of width 64 took 1.2 s
-with 4096 keys and 2.5 s with 8192, the compiled tiles 1.1 s and 4.5 s."""
+"""Keys from which on transforms are worth it: on two busy cores, 8 causal heads of width 64 took
+1.2 s with 4096 keys and 2.5 s with 8192, the compiled tiles 1.1 s and 4.5 s."""
 EPS = torch.finfo(torch.float64).eps
 
 
