@@ -38,7 +38,8 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def needs(matrix: Attention) -> str | None:
     """A score and a mask by displacement alone."""
     if type(matrix.score) is not PositionOnly:
-        return f"needs a score of position alone, PositionOnly(); {matrix.score} compares vectors."
+        # Most matrices come by here: a sentence without their names costs them nothing.
+        return "needs a score of position alone, PositionOnly(); this one compares vectors."
     if matrix.dropout is not None:
         return "has no dropout, which draws for single pairs."
     found = support.find(matrix)
@@ -65,6 +66,17 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
 
 def product(matrix: Attention, value: Tensor) -> Tensor:
     """The matrix times value, differentiable."""
+    with torch.autocast(value.device.type, enabled=False):  # sums keep the dtype chosen here
+        return _product(matrix, value)
+
+
+def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
+    """The transpose of the matrix times x, differentiable."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _product_transposed(matrix, x)
+
+
+def _product(matrix: Attention, value: Tensor) -> Tensor:
     dtype, found = compute_dtype(value.dtype), support.find(matrix)
     wide = grouped.match(value.to(dtype), matrix.shape[-3] if len(matrix.shape) > 2 else 1)
     batch = torch.broadcast_shapes(wide.shape[:-2], matrix.shape[:-2])
@@ -79,8 +91,7 @@ def product(matrix: Attention, value: Tensor) -> Tensor:
     return both[..., split.order.argsort(), :].to(value.dtype)
 
 
-def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
-    """The transpose of the matrix times x, differentiable."""
+def _product_transposed(matrix: Attention, x: Tensor) -> Tensor:
     dtype, found = compute_dtype(x.dtype), support.find(matrix)
     wide, batch = x.to(dtype), torch.broadcast_shapes(x.shape[:-2], matrix.shape[:-2])
     if isinstance(found, Shift):
