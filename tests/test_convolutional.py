@@ -149,7 +149,7 @@ def assert_rounding(got, wanted, factor=1.0):
 @given(
     normalizer=st.sampled_from([n for n in NORMALIZERS if n != "row sum"]), seed=st.integers(0, 99)
 )
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_product_equals_dense(parts, grid, normalizer, seed):
     matrix, value = build(parts, grid, normalizer, seed)
     assert convolutional.needs(matrix) is None
