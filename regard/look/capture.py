@@ -27,23 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from regard.look.record import Captured, CaptureError, four_axes, kept, record
+from regard.look.record import (
+    HARMLESS,
+    READ,
+    Captured,
+    CaptureError,
+    four_axes,
+    kept,
+    record,
+)
+from regard.mask import Mask
+from regard.runs import compile_mask
 from regard.sdpa import scaled_dot_product_attention
-
-# Keywords that reach a Hugging Face attention function and do not change what the `eager` and
-# `sdpa` implementations compute (transformers/utils/generic.py, TransformersKwargs, and the
-# call sites of models/*/modeling_*.py). `sliding_window` is in the mask already.
-# fmt: off
-_HARMLESS = frozenset({
-    "cache", "cache_position", "config", "cu_seq_lens_k", "cu_seq_lens_q",
-    "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
-    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
-    "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache",
-})
-_READ = frozenset({
-    "dropout", "is_causal", "position_bias", "s_aux", "scaling", "sliding_window", "softcap",
-})
-# fmt: on
 
 
 @contextmanager
@@ -110,7 +105,7 @@ def _wrapped_interface(
 
     def get_interface(self: Any, implementation: str | None, default: Any) -> Any:
         inner = original(self, implementation, default)
-        known = implementation == "sdpa" or inner is default
+        known = implementation in ("sdpa", "regard") or inner is default
 
         # The signature is Hugging Face's; **kwargs is theirs to fill, and `_read` checks it.
         def attend(
@@ -131,6 +126,10 @@ def _wrapped_interface(
                 )
             with sdpa.muted():
                 result = inner(module, query, key, value, attention_mask, **kwargs)
+            if isinstance(attention_mask, Mask):
+                lengths = query.shape[-2], key.shape[-2]
+                runs = compile_mask(attention_mask, *lengths, query.device)
+                attention_mask = runs.keep(slice(None), slice(None))
             asked = kwargs.get("is_causal")
             asked = getattr(module, "is_causal", True) if asked is None else asked
             # sdpa turns the flag into a triangle only without a mask and for more than one query;
@@ -160,7 +159,7 @@ def _read_interface(
 ) -> Captured:
     query, key, _ = tensors
     given = {word for word, argument in kwargs.items() if argument is not None}
-    if unknown := given - _HARMLESS - _READ:
+    if unknown := given - HARMLESS - READ:
         raise CaptureError(
             f"layer '{name}' passes {', '.join(sorted(unknown))} to its attention, which this "
             "version cannot record; the captured numbers would not be the model's"

@@ -15,6 +15,21 @@ from regard.normalizer import Softmax
 from regard.position.base import Bias
 from regard.score import Dot
 
+# Keywords that reach a Hugging Face attention function and do not change what the `eager` and
+# `sdpa` implementations compute (transformers/utils/generic.py, TransformersKwargs, and the
+# call sites of models/*/modeling_*.py). `sliding_window` is in the mask already.
+# fmt: off
+HARMLESS = frozenset({
+    "cache", "cache_position", "config", "cu_seq_lens_k", "cu_seq_lens_q",
+    "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
+    "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache",
+})
+READ = frozenset({
+    "dropout", "is_causal", "position_bias", "s_aux", "scaling", "sliding_window", "softcap",
+})
+# fmt: on
+
 
 class CaptureError(RegardError):
     """A model's attention could not be read: what was met, and what would work."""
@@ -105,6 +120,7 @@ def record(
             f"layer '{name}' drops weights at random (dropout {dropout}), so no weight is the "
             "model's own; call model.eval() first"
         )
+    mask = mask.detach() if isinstance(mask, Tensor) else mask
     keep, bias = split_mask(name, mask, (query.shape[-2], key.shape[-2]))
     return Captured(
         name=name,
@@ -134,7 +150,7 @@ def split_mask(
         raise CaptureError(
             f"layer '{name}' got a mask of kind {kind}; readable are boolean and float tensors"
         )
-    mask = four_axes(mask.detach())
+    mask = four_axes(mask)
     allowed = tuple({1, length} for length in lengths)
     if mask.shape[-2] not in allowed[0] or mask.shape[-1] not in allowed[1]:
         raise ShapeError(
