@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -60,7 +61,10 @@ FAMILIES = {
     "mistral": Family(t.MistralForCausalLM, partial(t.MistralConfig, **GROUPED, sliding_window=4)),
     "qwen2": Family(
         t.Qwen2ForCausalLM,
-        partial(t.Qwen2Config, **GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+        partial(
+            t.Qwen2Config, **GROUPED, use_sliding_window=True, sliding_window=4,
+            max_window_layers=1,
+        ),
     ),
     "qwen3": Family(t.Qwen3ForCausalLM, partial(t.Qwen3Config, **GROUPED, head_dim=8)),
     "gemma2": Family(
@@ -191,22 +195,27 @@ def run(model: Any, implementation: str, **given: Any) -> Run:
     return Run(output, found)
 
 
-def exact_softmax(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-    """Torch's softmax, but eager code that asks it for float32 keeps float64."""
-    if args[0].dtype == torch.float64:
-        dtype = None
-    return _softmax(*args, dtype=dtype, **kwargs)
+@contextmanager
+def exact_eager() -> Iterator[None]:
+    """Eager code asks softmax for float32; of float64 it then gets float64.
 
+    In float32 its lowest number of float64 would be -inf, and rows without keys NaN.
+    """
+    softmax = F.softmax
 
-_softmax = F.softmax
+    def exact(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        return softmax(*args, dtype=None if args[0].dtype == torch.float64 else dtype, **kwargs)
+
+    F.softmax = exact
+    try:
+        yield
+    finally:
+        F.softmax = softmax
 
 
 @cache
 def both(name: str, side: str) -> tuple[Run, Run]:
     """(eager, regard) of one family in float64."""
     model, given = build(name), inputs(name, side)
-    F.softmax = exact_softmax
-    try:
+    with exact_eager():
         return run(model, "eager", **given), run(model, "regard", **given)
-    finally:
-        F.softmax = _softmax
