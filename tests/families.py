@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-import transformers as t
 from torch import Tensor, nn
+
+t = pytest.importorskip("transformers", reason="the package transformers is not installed")
 
 NARROW = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -3,12 +3,9 @@
 In float64, to 1e-10: rounding alone, since both sides take the same sums in another order.
 """
 
+import families
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="the package transformers is not installed")
-
-import families
 from families import FAMILIES, TEXT, both, padded
 
 import regard

