@@ -161,7 +161,8 @@ def split_mask(
         return (None if bool(mask.all()) else mask.clone()), None
     keep = mask > torch.finfo(mask.dtype).min / 2
     bias = torch.where(keep, mask, 0)
-    return (None if bool(keep.all()) else keep), (bias if bool(bias.any()) else None)
+    some = bias.requires_grad or bool(bias.any())  # zeros may be learned, too
+    return (None if bool(keep.all()) else keep), (bias if some else None)
 
 
 def four_axes(tensor: Tensor) -> Tensor:
