@@ -48,7 +48,7 @@ from regard.normalizer import Softmax
 from regard.position.base import Bias, Position
 from regard.score import Dot
 
-OLDEST = "5.8"  # masks are described by lengths and offsets since then
+OLDEST = "5.8"  # the oldest that was tried; 5.3 describes masks in another way
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -80,7 +80,8 @@ def attend(
     """
     _check(module, asked)
     query, key, value = _autocast(query, key, value)
-    mask, position = _visible(module, (query, key), attention_mask, asked)
+    lengths = query.shape[-2], key.shape[-2]
+    mask, position = _visible(module, lengths, attention_mask, asked)
     sinks = asked.get("s_aux")
     matrix = attention(
         query,
@@ -125,10 +126,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _visible(
-    module: nn.Module, vectors: tuple[Tensor, Tensor], given: Any, asked: Mapping[str, Any]
+    module: nn.Module, lengths: tuple[int, int], given: Any, asked: Mapping[str, Any]
 ) -> tuple[Mask | None, Position | None]:
     """The mask and the bias of a call."""
-    lengths = vectors[0].shape[-2], vectors[1].shape[-2]
     bias = asked.get("position_bias")
     position: Position | None = None if bias is None else Bias(bias)
     mask: Mask | None = None
