@@ -1,0 +1,113 @@
+"""A small transformer for the examples: regard's attention, and nothing unusual around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard import Mask
+from regard.nn import SelfAttention
+from regard.position import Position
+
+Batch = tuple[Tensor, Tensor]
+"""Tokens [batch, n] and what to predict at each, [batch, n]; -100 where nothing is asked."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Where position enters a model: a layer on its input, a part of its attention, or neither.
+
+    on_input: width -> layer;  on_attention: heads, head width -> part, made anew for each block
+    """
+
+    on_input: Callable[[int], nn.Module] | None = None
+    on_attention: Callable[[int, int], Position] | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model; the examples use one size, so that their numbers can be compared."""
+
+    width: int = 64
+    heads: int = 4
+    blocks: int = 2
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.width // self.heads
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, size: Size, position: Position | None) -> None:
+        super().__init__()
+        self.attention = SelfAttention(size.width, size.heads, position=position)
+        self.norms = nn.ModuleList(nn.LayerNorm(size.width) for _ in range(2))
+        inner = 4 * size.width
+        self.forward_part = nn.Sequential(
+            nn.Linear(size.width, inner), nn.GELU(), nn.Linear(inner, size.width)
+        )
+
+    def forward(self, x: Tensor, mask: Mask | None) -> Tensor:
+        x = x + self.attention(self.norms[0](x), mask=mask)[0]
+        return x + self.forward_part(self.norms[1](x))
+
+
+class Transformer(nn.Module):
+    """Tokens [batch, n] -> logits [batch, n, symbols]."""
+
+    def __init__(self, symbols: int, encoding: Encoding, mask: Mask | None, size: Size) -> None:
+        super().__init__()
+        self.mask = mask
+        self.embed = nn.Embedding(symbols, size.width)
+        on_input, on_attention = encoding.on_input, encoding.on_attention
+        self.place = nn.Identity() if on_input is None else on_input(size.width)
+        self.blocks = nn.ModuleList(
+            Block(size, on_attention and on_attention(size.heads, size.head_width))
+            for _ in range(size.blocks)
+        )
+        self.norm = nn.LayerNorm(size.width)
+        self.out = nn.Linear(size.width, symbols)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.norm(self.states(tokens)[-1]))
+
+    def states(self, tokens: Tensor) -> list[Tensor]:
+        """The vectors [batch, n, width] before the first block and after each."""
+        states = [self.place(self.embed(tokens))]
+        for block in self.blocks:
+            states.append(block(states[-1], self.mask))
+        return states
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats of what is asked."""
+    tokens, targets = batch
+    return F.cross_entropy(model(tokens).flatten(0, -2), targets.flatten())
+
+
+def train(model: nn.Module, draw: Callable[[], Batch], steps: int, rate: float) -> None:
+    """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99))
+    rise = max(steps // 10, 1)
+
+    def share(step: int) -> float:
+        fall = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        return min((step + 1) / rise, fall)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model, draw()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()

@@ -1,0 +1,1 @@
+"""What position does to attention: `show` draws, the other scripts train small models."""
