@@ -48,12 +48,17 @@ def run(
 ) -> list[Result]:
     """The result of each job, in order, which is lists of numbers; also kept as `name`.json.
 
-    Each job is seeded by itself, so that --jobs changes no result.
+    Each job is seeded by itself, so that --jobs changes no result. Sets `options.conditions`: the
+    machine in words and torch's version.
     """
     kept = options.out / f"{name}.json"
     if options.redraw:
-        results: list[Result] = json.loads(kept.read_text())
+        options.conditions, results = json.loads(kept.read_text())
         return results
+    options.conditions = (
+        f"{machine.described()}, {options.jobs} models at once, a thread each; "
+        f"torch {torch.__version__}"
+    )
     bar: dict[str, Any] = {"total": len(jobs), "unit": "model"}
     if options.jobs < 2:
         torch.set_num_threads(1)
@@ -64,7 +69,8 @@ def run(
         with context.Pool(options.jobs, torch.set_num_threads, (1,)) as pool:
             results = list(tqdm(pool.imap(work, jobs), **bar))
     options.out.mkdir(parents=True, exist_ok=True)
-    kept.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    lines = ",\n".join(map(json.dumps, results))
+    kept.write_text(f"[{json.dumps(options.conditions)}, [\n{lines}\n]]\n")
     return results
 
 
@@ -79,11 +85,6 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     names = [str(name) for name in head]
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def conditions(command: str) -> str:
-    """How numbers were made: the command, the machine in words, torch's version."""
-    return f"`{command}`, on {machine.described()}, torch {torch.__version__}."
 
 
 def write(folder: Path, name: str, *parts: str) -> None:

@@ -62,3 +62,10 @@ class Text:
         """Random pieces of the training part, [count, length]."""
         starts = torch.randint(len(self.training) - length, (count, 1), generator=generator)
         return self.training[starts + torch.arange(length)]
+
+    @staticmethod
+    def cut(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """A text in pieces that do not overlap, and the next character of each: [count, length]."""
+        count = (len(tokens) - 1) // length
+        now, after = (tokens[k : k + count * length].reshape(count, length) for k in (0, 1))
+        return now, after

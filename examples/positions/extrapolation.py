@@ -12,16 +12,15 @@ trained on 512 tokens.
 
 from __future__ import annotations
 
-import math
+import argparse
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from examples import report
-from examples.model import Batch, Size, Transformer, loss, train
+from examples.model import Batch, Size, Transformer, perplexity, train
 from examples.positions import pictures
 from examples.positions.encodings import ENCODINGS, RESULTS
 from examples.text import Text
@@ -48,7 +47,7 @@ class Job:
     seed: int
     data: Path | None
     quick: bool
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 16
     tested: int = TESTED
 
@@ -65,21 +64,8 @@ def perplexities(job: Job) -> list[float]:
         return pieces[:, :-1], pieces[:, 1:]
 
     train(model, draw, job.steps, rate=3e-3)
-    return [perplexity(model, text.held_out[: job.tested + 1], length) for length in LENGTHS]
-
-
-@torch.no_grad()
-def perplexity(model: Transformer, text: Tensor, length: int) -> float:
-    """e to the mean loss over a text in pieces that do not overlap."""
-    count = (len(text) - 1) // length
-    tokens, targets = (
-        text[first : first + count * length].reshape(count, length) for first in (0, 1)
-    )
-    losses = [
-        float(loss(model, pair)) * len(pair[0])
-        for pair in zip(tokens.split(32), targets.split(32), strict=True)
-    ]
-    return math.exp(sum(losses) / count)
+    held_out = text.held_out[: job.tested + 1]
+    return [perplexity(model, text.cut(held_out, length)) for length in LENGTHS]
 
 
 def expectations(found: dict[str, list[list[float]]]) -> str:
@@ -125,10 +111,12 @@ def main(given: list[str] | None = None) -> None:
     for job, result in zip(jobs, results, strict=True):
         found[job.encoding].append(result)
     pictures.extrapolation(found, LENGTHS, options.out)
-    report.write(options.out, "extrapolation", *page(found, jobs[0], text, options.seeds))
+    report.write(options.out, "extrapolation", *page(found, jobs[0], text, options))
 
 
-def page(found: dict[str, list[list[float]]], job: Job, text: Text, seeds: int) -> tuple[str, ...]:
+def page(
+    found: dict[str, list[list[float]]], job: Job, text: Text, options: argparse.Namespace
+) -> tuple[str, ...]:
     """The results in words and tables."""
     rows = [
         (name, *(report.spread(column) for column in zip(*runs, strict=True)))
@@ -137,12 +125,11 @@ def page(found: dict[str, list[list[float]]], job: Job, text: Text, seeds: int) 
     published = [(name, *numbers) for name, numbers in PUBLISHED.items() if name != "lengths"]
     return (
         "# Reading on beyond the training length",
-        report.conditions(
-            f"python -m examples.positions.extrapolation --data input.txt --seeds {seeds}"
-        ),
+        f"`python -m examples.positions.extrapolation --data input.txt --seeds {options.seeds}`: "
+        f"{options.conditions}.",
         f"Text: {text.name}. Each model: {job.steps} steps of {job.batch} pieces of {LENGTH} "
         f"characters. Perplexity per character of {job.tested:,} held-out characters, mean ± "
-        f"standard deviation of {seeds} seeds:",
+        f"standard deviation of {options.seeds} seeds:",
         report.table(("encoding", *LENGTHS), rows),
         "![Perplexity by length](extrapolation.png)",
         expectations(found),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from torch import Tensor
 
 # Okabe and Ito's colours, which colour-blind eyes can tell apart, and a marker for each.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#882255", "#0072B2", "#D55E00", "#CC79A7")
@@ -33,12 +34,85 @@ def save(figure: Any, folder: Path, name: str) -> None:
     plt.close(figure)
 
 
+class Map(NamedTuple):
+    """A heat map: values [rows, columns], NaN where there is none, and what they are."""
+
+    title: str
+    values: Tensor
+    unit: str
+    across: str
+    down: str
+
+
+class Lines(NamedTuple):
+    """Lines by name, of values at first, first + 1, ...; logarithmic: "x", "y" or "both"."""
+
+    title: str
+    values: dict[str, list[float]]
+    across: str
+    up: str
+    logarithmic: str = ""
+    first: int = 0
+    limits: tuple[float, float] | None = None
+
+
+def maps(rows: list[list[Map]], folder: Path, name: str) -> None:
+    """Heat maps in rows, each with its own colour bar."""
+    size = (3.5 * len(rows[0]), 2.7 * len(rows))
+    figure, grid = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
+    for axes, drawn in zip(grid.flat, (each for row in rows for each in row), strict=True):
+        heat_map(figure, axes, drawn)
+    save(figure, folder, name)
+
+
+def heat_map(figure: Any, axes: Any, drawn: Map) -> None:
+    """One map: of two colours with white at 0 where values have both signs, else of one."""
+    values = drawn.values.double()
+    shown = values[~values.isnan()]
+    low, high = float(shown.min()), float(shown.max())
+    both = low < -1e-9 and high > 1e-9
+    if both:
+        low, high = -max(-low, high), max(-low, high)
+    colours = "RdBu_r" if both else "cividis"
+    axes.set_facecolor("0.93")
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    axes.set_title(drawn.title)
+    axes.set_xlabel(drawn.across)
+    axes.set_ylabel(drawn.down)
+    figure.colorbar(image, ax=axes, label=drawn.unit, shrink=0.85)
+
+
+def lines(rows: list[list[Lines]], folder: Path, name: str) -> None:
+    """Panels of lines in rows."""
+    size = (3.9 * len(rows[0]), 2.9 * len(rows))
+    figure, grid = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
+    for axes, panel in zip(grid.flat, (each for row in rows for each in row), strict=True):
+        for k, (label, values) in enumerate(panel.values.items()):
+            at = range(panel.first, panel.first + len(values))
+            few = MARKERS[k] if len(values) < 10 else ""
+            style = ("-", "--", "-.", ":")[k % 4]
+            axes.plot(at, values, style, color=COLOURS[k], marker=few, markersize=4, label=label)
+        if panel.logarithmic in ("x", "both"):
+            axes.set_xscale("log")
+        if panel.logarithmic in ("y", "both"):
+            axes.set_yscale("log")
+        if len(values) < 10:
+            axes.set_xticks(at)
+        axes.set_ylim(panel.limits)
+        axes.set_title(panel.title)
+        axes.set_xlabel(panel.across)
+        axes.set_ylabel(panel.up)
+        if len(panel.values) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    save(figure, folder, name)
+
+
 def extrapolation(
     found: dict[str, list[list[float]]], lengths: tuple[int, ...], folder: Path
 ) -> None:
     """Perplexity by length, a line for each encoding, bars from the least to the greatest seed."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    for (name, runs), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=True):
+    for (name, runs), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):
         columns = list(zip(*runs, strict=True))
         mean = [statistics.fmean(column) for column in columns]
         least, most = [min(column) for column in columns], [max(column) for column in columns]
