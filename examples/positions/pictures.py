@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,31 +108,50 @@ def lines(rows: list[list[Lines]], folder: Path, name: str) -> None:
     save(figure, folder, name)
 
 
-def extrapolation(
-    found: dict[str, list[list[float]]], lengths: tuple[int, ...], folder: Path
+def by_length(
+    found: dict[str, list[list[float]]], axes: Any, lengths: Sequence[int], trained: int
 ) -> None:
-    """Perplexity by length, a line for each encoding, bars from the least to the greatest seed."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    """A line for each encoding: the mean of its seeds, in a band from the least to the greatest."""
     for (name, runs), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):
         columns = list(zip(*runs, strict=True))
         mean = [statistics.fmean(column) for column in columns]
         least, most = [min(column) for column in columns], [max(column) for column in columns]
         axes.plot(lengths, mean, color=colour, marker=marker, markersize=4, label=name)
         axes.fill_between(lengths, least, most, color=colour, alpha=0.15, linewidth=0)
+    axes.axvline(trained, color="0.6", linestyle=":")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+
+
+def extrapolation(
+    found: dict[str, list[list[float]]], lengths: Sequence[int], folder: Path
+) -> None:
+    """Perplexity by length."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.axvline(lengths[0], color="0.6", linestyle=":")
-    axes.annotate(
-        " trained up to here",
-        (lengths[0], 1),
-        xycoords=("data", "axes fraction"),
-        va="top",
-        color="0.4",
-    )
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set_xlabel("characters in a piece")
+    by_length(found, axes, lengths, lengths[0])
+    axes.set_xlabel("characters in a piece (trained on those left of the dotted line)")
     axes.set_ylabel("perplexity per character")
-    axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axes.minorticks_off()
+    least, most = axes.get_ylim()
+    ticks = [tick for tick in (5, 6, 7, 8, 10, 12, 15, 20, 30, 50, 100) if least < tick < most]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.legend(frameon=False)
     save(figure, folder, "extrapolation")
+
+
+def tasks(
+    found: dict[str, dict[str, list[list[float]]]],
+    lengths: Sequence[int],
+    trained: int,
+    folder: Path,
+) -> None:
+    """Right answers by length, a panel for each task."""
+    figure, grid = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.2), sharey=True)
+    for axes, (task, runs) in zip(grid, found.items(), strict=True):
+        by_length(runs, axes, lengths, trained)
+        axes.set_title(task)
+        axes.set_xlabel("length n (trained up to the dotted line)")
+    grid[0].set_ylabel("wholly right answers, %")
+    grid[-1].legend(frameon=False, fontsize=8)
+    save(figure, folder, "length")

@@ -197,31 +197,14 @@ def draw_mask(folder: Path, depth: int, seeds: int, sequences: int) -> None:
             for states in [order.states(mask, depth, seed, (sequences, n), marked)]
         ]
         probed[name] = [sum(column) / seeds for column in zip(*found, strict=True)]
-    unit = "$R^2$ of a linear map"
-    pictures.lines(
-        [
-            [
-                Lines("equal keys, first value 1", counted | exact, "token t", "output", "both", 1),
-                Lines(
-                    "shuffle all but the last token",
-                    {"largest change": [max(gap) for gap in gaps]},
-                    "layers",
-                    "change of the last output",
-                    "y",
-                    1,
-                ),
-                Lines(
-                    "read the position off",
-                    probed,
-                    "layers",
-                    "$R^2$ of a linear map",
-                    limits=(-0.05, 1.0),
-                ),
-            ]
-        ],
-        folder,
-        "mask",
-    )
+    shuffled = {"largest change": [max(gap) for gap in gaps]}
+    change, read = "change of the last output", "$R^2$ of a linear map"
+    panels = [
+        Lines("equal keys, first value 1", counted | exact, "token t", "output", "both", 1),
+        Lines("shuffle all but the last token", shuffled, "layers", change, "y", 1),
+        Lines("read the position off", probed, "layers", read, limits=(-0.05, 1.0)),
+    ]
+    pictures.lines([panels], folder, "mask")
     rows = [(name, *(f"{x:.2f}" for x in found)) for name, found in probed.items()]
     report.write(
         folder,
