@@ -22,8 +22,20 @@ import torch
 
 import regard
 from regard import Additive, Alibi, Attention, Causal, Window
+from regard.position import T5, Cope, Fire, Kerple, Position, Shaw, TransformerXL
 
 WIDTH = 64
+LENGTHS = (16384, 65536)
+
+POSITIONS: dict[str, Callable[[], Position]] = {
+    "Alibi": lambda: Alibi.of(1),
+    "T5": lambda: T5.of(1, bidirectional=False),
+    "Kerple": lambda: Kerple.of(1),
+    "Fire": lambda: Fire.of(1),
+    "Shaw": lambda: Shaw.of(WIDTH, 64, 0),
+    "TransformerXL": lambda: TransformerXL.of(1, WIDTH, WIDTH),
+    "Cope": lambda: Cope.of(WIDTH, 64),
+}
 
 
 def resident() -> int:
@@ -48,6 +60,28 @@ def train(make: Callable[..., Attention], n: int) -> Callable[[], None]:
         nonlocal room
         del room
         (make(query, key) @ value).backward(upstream)
+
+    return run
+
+
+def placed(name: str, n: int) -> Callable[[], None]:
+    """Forward and backward with an encoding on the score.
+
+    A full walk over n x n pairs in PyTorch would take long, so rows see a window of keys: what a
+    call holds at its peak is what each token needs and a few tiles, however many tiles there are.
+    CoPE's tiles are whole rows, whatever the mask: it computes the last 64 rows, forward alone.
+    """
+    window, part = Causal() & Window(256, 0), POSITIONS[name]()
+    if name != "Cope":
+        return train(lambda q, k: regard.attention(q, k, mask=window, position=part), n)
+    query, key, value = torch.randn(3, 1, n, WIDTH).unbind(0)
+    first = n - 64
+
+    def run() -> None:
+        with torch.no_grad():
+            rows = query[:, first:]
+            mask, last = Causal(offset=first), part.at(first)
+            regard.attention(rows, key, mask=mask, position=last) @ value
 
     return run
 
@@ -91,6 +125,11 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
         for what in ("topk", "entropy", "received", "pool", "pool max", "row", "column")
     },
     "mask Causal() & Window(256, 0), n = 1000000": lambda: masked(1_000_000),
+    **{
+        f"position {name}, n = {n}": lambda name=name, n=n: placed(name, n)
+        for name in POSITIONS
+        for n in LENGTHS
+    },
 }
 
 
@@ -111,13 +150,14 @@ def main() -> None:
     """Print the table, one fresh process a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=CASES, help="only this one, in this process")
-    chosen = parser.parse_args().case
-    if chosen:
-        measure(chosen)
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases with it in the name")
+    options = parser.parse_args()
+    if options.case:
+        measure(options.case)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n")
     print("| case | before, MiB | added, MiB | seconds |\n|---|---|---|---|", flush=True)
-    for name in CASES:
+    for name in (name for name in CASES if options.only in name):
         subprocess.run([sys.executable, __file__, "--case", name], check=True)
 
 

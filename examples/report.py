@@ -44,12 +44,16 @@ def parse(
 
 
 def run(
-    work: Callable[[Job], Result], jobs: Sequence[Job], name: str, options: argparse.Namespace
+    work: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    name: str,
+    options: argparse.Namespace,
+    about: str = "",
 ) -> list[Result]:
     """The result of each job, in order, which is lists of numbers; also kept as `name`.json.
 
     Each job is seeded by itself, so that --jobs changes no result. Sets `options.conditions`: the
-    machine in words and torch's version.
+    machine in words, torch's version, and `about` what was learned from.
     """
     kept = options.out / f"{name}.json"
     if options.redraw:
@@ -57,8 +61,8 @@ def run(
         return results
     options.conditions = (
         f"{machine.described()}, {options.jobs} models at once, a thread each; "
-        f"torch {torch.__version__}"
-    )
+        f"torch {torch.__version__}. {about}"
+    ).strip()
     bar: dict[str, Any] = {"total": len(jobs), "unit": "model"}
     if options.jobs < 2:
         torch.set_num_threads(1)

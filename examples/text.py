@@ -22,7 +22,7 @@ class Text:
     symbols: str
     training: Tensor
     held_out: Tensor
-    name: str
+    about: str
 
     @staticmethod
     def of(text: str) -> Text:
@@ -31,11 +31,11 @@ class Text:
         number = {symbol: k for k, symbol in enumerate(symbols)}
         tokens = torch.tensor([number[symbol] for symbol in text])
         cut = len(text) * 9 // 10
-        name = (
-            f"{len(text):,} characters, {len(symbols)} different ones, "
-            f"SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}..."
+        about = (
+            f"Text: {len(text):,} characters, {len(symbols)} different ones, "
+            f"SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}...."
         )
-        return Text(symbols, tokens[:cut], tokens[cut:], name)
+        return Text(symbols, tokens[:cut], tokens[cut:], about)
 
     @staticmethod
     def read(path: Path | None, *, quick: bool) -> Text:

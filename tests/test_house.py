@@ -161,6 +161,15 @@ def test_snippets_of_the_readme_run(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=name_of)
+def test_pages_run_from_top_to_bottom_and_show_what_exists(path):
+    text, names = path.read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(code, str(path), "exec"), names)
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+
+
 def test_the_readme_shows_code_early_and_stays_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert lines.index("```python") < 12

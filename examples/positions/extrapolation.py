@@ -98,7 +98,7 @@ def main(given: list[str] | None = None) -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--data", type=Path, help="a text, plain or .gz (Tiny Shakespeare)")
     options = report.parse(parser, given, RESULTS)
-    text = Text.read(options.data, quick=options.quick)
+    about = "" if options.redraw else Text.read(options.data, quick=options.quick).about
     jobs = [
         Job(name, seed, options.data, options.quick)
         for name in ENCODINGS
@@ -107,15 +107,15 @@ def main(given: list[str] | None = None) -> None:
     if options.quick:
         jobs = [replace(job, steps=2, batch=2, tested=1024) for job in jobs]
     found: dict[str, list[list[float]]] = {name: [] for name in ENCODINGS}
-    results = report.run(perplexities, jobs, "extrapolation", options)
+    results = report.run(perplexities, jobs, "extrapolation", options, about)
     for job, result in zip(jobs, results, strict=True):
         found[job.encoding].append(result)
     pictures.extrapolation(found, LENGTHS, options.out)
-    report.write(options.out, "extrapolation", *page(found, jobs[0], text, options))
+    report.write(options.out, "extrapolation", *page(found, jobs[0], options))
 
 
 def page(
-    found: dict[str, list[list[float]]], job: Job, text: Text, options: argparse.Namespace
+    found: dict[str, list[list[float]]], job: Job, options: argparse.Namespace
 ) -> tuple[str, ...]:
     """The results in words and tables."""
     rows = [
@@ -126,8 +126,8 @@ def page(
     return (
         "# Reading on beyond the training length",
         f"`python -m examples.positions.extrapolation --data input.txt --seeds {options.seeds}`: "
-        f"{options.conditions}.",
-        f"Text: {text.name}. Each model: {job.steps} steps of {job.batch} pieces of {LENGTH} "
+        f"{options.conditions}",
+        f"Each model: {job.steps} steps of {job.batch} pieces of {LENGTH} "
         f"characters. Perplexity per character of {job.tested:,} held-out characters, mean ± "
         f"standard deviation of {options.seeds} seeds:",
         report.table(("encoding", *LENGTHS), rows),

@@ -96,7 +96,7 @@ def page(
     """The results in words and tables."""
     parts = [
         "# Longer than trained: tasks with one right answer",
-        f"`python -m examples.positions.length --seeds {options.seeds}`: {options.conditions}.",
+        f"`python -m examples.positions.length --seeds {options.seeds}`: {options.conditions}",
         f"Each model: {job.steps} steps of {job.batch} inputs of one length from 1 to {LONGEST}. "
         f"Wholly right answers in %, of {job.tested} inputs of n symbols; mean ± standard "
         f"deviation of {options.seeds} seeds. Guessing gives 50 for parity, and 0 for the others.",

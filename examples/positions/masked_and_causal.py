@@ -111,7 +111,7 @@ def expectations(mean: dict[tuple[str, str], float]) -> str:
 
 
 def page(
-    found: dict[tuple[str, str], list[float]], job: Job, text: Text, options: argparse.Namespace
+    found: dict[tuple[str, str], list[float]], job: Job, options: argparse.Namespace
 ) -> tuple[str, ...]:
     """The results in words and tables."""
     rows = [
@@ -122,8 +122,8 @@ def page(
     return (
         "# Where order comes from without positions",
         "`python -m examples.positions.masked_and_causal --data input.txt --seeds "
-        f"{options.seeds}`: {options.conditions}.",
-        f"Text: {text.name}. Each model: {job.steps} steps of {job.batch} pieces of {LENGTH} "
+        f"{options.seeds}`: {options.conditions}",
+        f"Each model: {job.steps} steps of {job.batch} pieces of {LENGTH} "
         f"characters; causal, or {HIDDEN:.0%} of the characters hidden. Perplexity per character "
         f"on {job.tested:,} held-out pieces, mean ± standard deviation of {options.seeds} seeds. "
         "The last three columns are published, of other models on other texts, per token: Haviv "
@@ -140,7 +140,7 @@ def main(given: list[str] | None = None) -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--data", type=Path, help="a text, plain or .gz (Tiny Shakespeare)")
     options = report.parse(parser, given, RESULTS)
-    text = Text.read(options.data, quick=options.quick)
+    about = "" if options.redraw else Text.read(options.data, quick=options.quick).about
     jobs = [
         Job(kind, name, seed, options.data, options.quick)
         for seed in range(options.seeds)
@@ -151,7 +151,7 @@ def main(given: list[str] | None = None) -> None:
         jobs = [replace(job, steps=2, batch=2, tested=8) for job in jobs]
     found: dict[tuple[str, str], list[float]] = {}
     maps = []
-    results = report.run(result, jobs, "masked_and_causal", options)
+    results = report.run(result, jobs, "masked_and_causal", options, about)
     for job, (number, cosines) in zip(jobs, results, strict=True):
         found.setdefault((job.kind, job.encoding), []).append(number)
         if cosines and job.seed == 0:
@@ -159,7 +159,7 @@ def main(given: list[str] | None = None) -> None:
             unit = "cosine of $e_i$, $e_j$"
             maps.append(Map(title, torch.tensor(cosines), unit, "position j", "position i"))
     pictures.maps([maps], options.out, "learned")
-    report.write(options.out, "masked_and_causal", *page(found, jobs[0], text, options))
+    report.write(options.out, "masked_and_causal", *page(found, jobs[0], options))
 
 
 if __name__ == "__main__":

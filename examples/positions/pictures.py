@@ -76,7 +76,7 @@ def heat_map(figure: Any, axes: Any, drawn: Map) -> None:
         low, high = -max(-low, high), max(-low, high)
     colours = "RdBu_r" if both else "cividis"
     axes.set_facecolor("0.93")
-    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    image = axes.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
     axes.set_title(drawn.title)
     axes.set_xlabel(drawn.across)
     axes.set_ylabel(drawn.down)

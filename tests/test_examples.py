@@ -1,0 +1,49 @@
+"""Every example runs from its first line to its last table, on next to nothing."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the examples draw: pip install 'regard[examples]'")
+pytest.importorskip("tqdm", reason="the examples show how far they are: regard[examples]")
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "examples" / "positions" / "results"
+sys.path.append(str(ROOT))  # last, so that an installed regard is the one that is tested
+
+SCRIPTS = {
+    "positions.show": {"facts.md", "mask.md", "input.png", "score.png", "distance.png", "mask.png"},
+    "positions.extrapolation": {"extrapolation.md", "extrapolation.png"},
+    "positions.masked_and_causal": {"masked_and_causal.md", "learned.png"},
+    "positions.length": {"length.md", "length.png"},
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_quick(name, tmp_path):
+    script = importlib.import_module(f"examples.{name}")
+    script.main(["--quick", "--out", str(tmp_path)])
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written >= SCRIPTS[name]
+    pages = [path.read_text() for path in tmp_path.glob("*.md")]
+    assert all("nan" not in page.lower().split() for page in pages)
+
+
+def test_numbers_that_were_kept_are_drawn_again_without_training(tmp_path):
+    script = importlib.import_module("examples.positions.length")
+    script.main(["--quick", "--out", str(tmp_path)])
+    first = (tmp_path / "length.md").read_text()
+    script.main(["--quick", "--out", str(tmp_path), "--redraw"])
+    assert (tmp_path / "length.md").read_text() == first
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_pages_of_results_say_what_was_measured(page, tmp_path):
+    """The committed tables are those of the committed numbers."""
+    script = importlib.import_module(f"examples.positions.{page.stem}")
+    (tmp_path / page.name).write_bytes(page.read_bytes())
+    script.main(["--redraw", "--out", str(tmp_path)])
+    written = (tmp_path / page.name).with_suffix(".md").read_text()
+    assert written == page.with_suffix(".md").read_text()
