@@ -1,6 +1,7 @@
 """Every example runs from its first line to its last table, on next to nothing."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -37,6 +38,21 @@ def test_numbers_that_were_kept_are_drawn_again_without_training(tmp_path):
     first = (tmp_path / "length.md").read_text()
     script.main(["--quick", "--out", str(tmp_path), "--redraw"])
     assert (tmp_path / "length.md").read_text() == first
+
+
+def tables(text):
+    return re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
+
+
+def test_tables_of_the_page_are_those_of_the_results():
+    """A table whose first line stands in a page of results is there whole."""
+    measured = {table for path in RESULTS.glob("*.md") for table in tables(path.read_text())}
+    heads = {table.split("\n")[0] for table in measured}
+    shown = [
+        t for t in tables((ROOT / "docs/positions.md").read_text()) if t.split("\n")[0] in heads
+    ]
+    assert shown
+    assert set(shown) <= measured
 
 
 @pytest.mark.parametrize("page", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

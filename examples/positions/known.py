@@ -49,7 +49,7 @@ def field(d_model: int) -> Continuous:
 
 
 KNOWN = (
-    Known("none", "", lambda: None),
+    Known("none", "nothing", lambda: None),
     Known("sinusoidal", "input", lambda: Sinusoidal(WIDTH)),
     Known("learned", "input", lambda: Learned(64, WIDTH)),
     Known("continuous (FLOATER)", "input", lambda: field(WIDTH)),

@@ -62,7 +62,7 @@ def facts(folder: Path) -> None:
         query, key, value = order.vectors(HEADS, 16, WIDTH)
         _, _, part = placed(known, query, key)
         full = order.order_gap((query, key, value), lambda q, k, known=known: placed(known, q, k))
-        invariant = known.where == "" or (part is not None and part.shift_invariant)
+        invariant = known.where == "nothing" or (part is not None and part.shift_invariant)
         form = attention(query, key, position=part, mask=Causal()).explain(value).form
         gap = shift_gap(known)
         if (gap < 1e-12) is not invariant:
