@@ -31,11 +31,15 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model; the examples use one size, so that their numbers can be compared."""
+    """Of a model; the examples use one size, so that their numbers can be compared.
+
+    spread: standard deviation of the vectors of symbols before training
+    """
 
     width: int = 64
     heads: int = 4
     blocks: int = 2
+    spread: float = 1.0
 
     @property
     def head_width(self) -> int:
@@ -67,6 +71,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.mask = mask
         self.embed = nn.Embedding(symbols, size.width)
+        self.embed.weight.data *= size.spread
         on_input, on_attention = encoding.on_input, encoding.on_attention
         self.place = nn.Identity() if on_input is None else on_input(size.width)
         self.blocks = nn.ModuleList(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -52,29 +53,33 @@ def run(
 ) -> list[Result]:
     """The result of each job, in order, which is lists of numbers; also kept as `name`.json.
 
-    Each job is seeded by itself, so that --jobs changes no result. Sets `options.conditions`: the
-    machine in words, torch's version, and `about` what was learned from.
+    Each job is seeded by itself, so that --jobs changes no result; all jobs of one seed stand
+    before those of the next, so that fewer seeds are a beginning of the list. Sets
+    `options.conditions`: the machine in words, torch's version, `about` what was learned from.
     """
     kept = options.out / f"{name}.json"
     if options.redraw:
         options.conditions, results = json.loads(kept.read_text())
-        return results
+        return results[: len(jobs)]
     options.conditions = (
-        f"{machine.described()}, {options.jobs} models at once, a thread each; "
+        f"{machine.described()}, {options.jobs} at a time, a thread each; "
         f"torch {torch.__version__}. {about}"
     ).strip()
-    bar: dict[str, Any] = {"total": len(jobs), "unit": "model"}
-    if options.jobs < 2:
-        torch.set_num_threads(1)
-        results = [work(job) for job in tqdm(jobs, **bar)]
-    else:
-        # A forked copy of torch's thread pool would hang: each process begins afresh.
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(options.jobs, torch.set_num_threads, (1,)) as pool:
-            results = list(tqdm(pool.imap(work, jobs), **bar))
     options.out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(map(json.dumps, results))
-    kept.write_text(f"[{json.dumps(options.conditions)}, [\n{lines}\n]]\n")
+    results = []
+    with contextlib.ExitStack() as stack:
+        found: Iterable[Result] = map(work, jobs)
+        if options.jobs < 2:
+            torch.set_num_threads(1)
+        else:
+            # A forked copy of torch's thread pool would hang: each process begins afresh.
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(options.jobs, torch.set_num_threads, (1,)))
+            found = pool.imap(work, jobs)
+        for result in tqdm(found, total=len(jobs), unit="model"):
+            results.append(result)
+            lines = ",\n".join(map(json.dumps, results))
+            kept.write_text(f"[{json.dumps(options.conditions)}, [\n{lines}\n]]\n")
     return results
 
 

@@ -101,8 +101,8 @@ def main(given: list[str] | None = None) -> None:
     about = "" if options.redraw else Text.read(options.data, quick=options.quick).about
     jobs = [
         Job(name, seed, options.data, options.quick)
-        for name in ENCODINGS
         for seed in range(options.seeds)
+        for name in ENCODINGS
     ]
     if options.quick:
         jobs = [replace(job, steps=2, batch=2, tested=1024) for job in jobs]
