@@ -126,17 +126,17 @@ def extrapolation(
     found: dict[str, list[list[float]]], lengths: Sequence[int], folder: Path
 ) -> None:
     """Perplexity by length."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    figure, axes = plt.subplots(figsize=(7.2, 4.0))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     by_length(found, axes, lengths, lengths[0])
-    axes.set_xlabel("characters in a piece (trained on those left of the dotted line)")
+    axes.set_xlabel("characters in a piece (trained at the dotted line)")
     axes.set_ylabel("perplexity per character")
     axes.minorticks_off()
     least, most = axes.get_ylim()
     ticks = [tick for tick in (5, 6, 7, 8, 10, 12, 15, 20, 30, 50, 100) if least < tick < most]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, folder, "extrapolation")
 
 
