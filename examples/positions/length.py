@@ -53,7 +53,7 @@ class Job:
     task: str
     encoding: str
     seed: int
-    steps: int = 1000
+    steps: int = 800
     batch: int = 32
     tested: int = 256
 
@@ -78,7 +78,7 @@ def result(job: Job) -> list[float]:
         n = int(torch.randint(1, LONGEST + 1, (), generator=generator))
         return draw(task, job.batch, n, generator)
 
-    train(model, some, job.steps, rate=2e-3)
+    train(model, some, job.steps, rate=5e-3)
     return [right(model, draw(task, job.tested, n, generator)) for n in LENGTHS]
 
 
