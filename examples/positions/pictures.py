@@ -152,6 +152,7 @@ def tasks(
         by_length(runs, axes, lengths, trained)
         axes.set_title(task)
         axes.set_xlabel("length n (trained up to the dotted line)")
+    grid[0].set_ylim(-3, 103)
     grid[0].set_ylabel("wholly right answers, %")
     grid[-1].legend(frameon=False, fontsize=8)
     save(figure, folder, "length")
