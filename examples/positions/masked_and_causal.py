@@ -119,7 +119,7 @@ def page(
         (name, *(report.spread(found[kind, name]) for kind in STEPS), *PUBLISHED[name])
         for name in COMPARED
     ]
-    published = ("causal, WikiText-103", "causal, the Pile", "masked")
+    published = ("published: causal, WikiText-103", "causal, the Pile", "masked")
     return (
         "# Where order comes from without positions",
         "`python -m examples.positions.masked_and_causal --data input.txt --seeds "
