@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import masking_utils
 
 from regard import errors
-from regard.mask import Causal, Documents, Mask, Padding, Window, compile_mask
+from regard.mask import Causal, Documents, Mask, Padding, Window
 from regard.opaque import opaque
-from regard.runs import Runs
+from regard.runs import Runs, compile_mask
 
 if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
     raise ImportError("this version of transformers describes masks in another way")
