@@ -15,6 +15,7 @@ from regard.errors import (
     RegardError,
     ShapeError,
 )
+from regard.features import Features
 from regard.look import look
 from regard.mask import Causal, Dense, Documents, Mask, Padding, Prefix, Window
 from regard.matrix import Attention, attention
@@ -39,6 +40,7 @@ __all__ = [
     "Dot",
     "Dropout",
     "DtypeError",
+    "Features",
     "FormError",
     "Identity",
     "Mask",

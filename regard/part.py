@@ -61,7 +61,7 @@ class Part:
             if isinstance(item, Part):
                 item.check_heads(batch)
             elif isinstance(item, Tensor):
-                axes = item.dim() - self.trailing.get(name, 0)
+                axes = item.dim() - self.trailing.get(name.partition(".")[0], 0)
                 if not errors.fits(item.shape[:axes], batch):
                     errors.check_fits(f"{self!r}, in its {name},", item.shape[:axes], batch)
 

@@ -53,7 +53,8 @@ class Rule(Part):
     @property
     def whole_rows(self) -> bool:
         """Whether logits of a tile need the keys of whole rows."""
-        return self.position is not None and self.position.whole_rows
+        position = self.position
+        return self.score.whole_rows or (position is not None and position.whole_rows)
 
     def numbers_per_pair(self, width: int) -> int:
         """How many numbers a tile holds for each pair: what decides the tile's size."""

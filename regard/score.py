@@ -22,6 +22,9 @@ from regard.part import Part, per_head
 class Score(Part):
     """Base of all scores: s_ij = f(query_i, key_j)."""
 
+    whole_rows: ClassVar[bool] = False
+    """Whether the score of one pair depends on other keys, so that a tile must be whole rows."""
+
     def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Do the work of single tokens: [*, h, n, d], [*, g, m, d] -> the same axes."""
         return query, key

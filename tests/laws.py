@@ -26,6 +26,7 @@ from regard import (
     Documents,
     Dot,
     Dropout,
+    Features,
     Identity,
     Padding,
     PositionOnly,
@@ -37,6 +38,7 @@ from regard import (
     Window,
     attention,
 )
+from regard.feature_map import Affine, RandomFeatures, identity, softmax
 from regard.form import FORMS
 from regard.grid import Grid
 from regard.position import (
@@ -146,6 +148,28 @@ def grid(s: Sizes) -> Grid:
     return Grid(*sizes, stride=(1, 2), start=(0, -1))
 
 
+def _tokens(draw: Draw, s: Sizes, *wide: str) -> Features:
+    """Decays (some of them to nothing) and erasing that stays bounded; none if rows go on."""
+    if s.n > s.m:
+        return Features(identity)
+    kind, *erases = wide
+    shape = {
+        "head": (s.heads, 1, 1),
+        "token": (s.batch, s.heads, s.m, 1),
+        "channel": (s.heads, s.m, s.width),
+        "none": (0,),
+    }[kind]
+    decay = -4 * draw.positive(*shape) if kind != "none" else None
+    offset, beta, erase = s.m - s.n, None, None
+    if "delta" in erases:
+        beta = draw.positive(s.batch, 1, s.m, 1) / s.width
+    if "erase" in erases:
+        erase = tuple(draw.normal(s.heads, s.m, s.width) / (4 * s.width) for _ in range(2))
+    return Features(
+        softmax if beta is not None else identity, None, 0.5, decay, beta, erase, offset
+    )
+
+
 SCORES: dict[str, Callable[[Draw, Sizes], object]] = {
     "dot": lambda draw, s: Dot(),
     "dot softcap": lambda draw, s: Dot(scale=draw.normal(s.heads), softcap=1.5),
@@ -159,6 +183,17 @@ SCORES: dict[str, Callable[[Draw, Sizes], object]] = {
     "sigmoid": lambda draw, s: Additive(draw.normal(s.heads, s.width), "sigmoid"),
     "position only": lambda draw, s: PositionOnly(),
     "own function": _laplace,
+    "features": lambda draw, s: Features(scale=draw.normal(s.heads)),
+    "features learned": lambda draw, s: Features(
+        Affine(draw.normal(s.heads, s.width, s.width), draw.normal(s.heads, s.width)), torch.exp
+    ),
+    "features random": lambda draw, s: Features(RandomFeatures(draw.normal(s.width, s.width))),
+    "features retention": lambda draw, s: _tokens(draw, s, "head"),
+    "features decay": lambda draw, s: _tokens(draw, s, "token"),
+    "features decays": lambda draw, s: _tokens(draw, s, "channel"),
+    "features delta": lambda draw, s: _tokens(draw, s, "none", "delta"),
+    "features gated delta": lambda draw, s: _tokens(draw, s, "token", "delta"),
+    "features erase": lambda draw, s: _tokens(draw, s, "channel", "erase"),
 }
 
 POSITIONS: dict[str, Callable[[Draw, Sizes], object]] = {
@@ -193,11 +228,24 @@ POSITIONS: dict[str, Callable[[Draw, Sizes], object]] = {
 MASKS: dict[str, Callable[[Draw, Sizes], object]] = {
     "none": lambda draw, s: None,
     "causal": lambda draw, s: Causal(),
+    "causal, last": lambda draw, s: Causal(offset=s.m - s.n),
     "causal, few see": lambda draw, s: Causal(offset=-3),
     "window": lambda draw, s: Window(2, 1, offset=1),
     "causal window": lambda draw, s: Causal(offset=2) & Window(3, None),
     "documents": lambda draw, s: Documents(
         draw.integers(3, s.batch, s.n), draw.integers(3, s.batch, s.m)
+    ),
+    "causal documents": lambda draw, s: (
+        Causal(s.m - s.n)
+        & Documents(
+            (docs := draw.integers(3, s.batch, max(s.n, s.m)).sort().values)[
+                :, docs.shape[-1] - s.n :
+            ],
+            docs[:, docs.shape[-1] - s.m :],
+        )
+    ),
+    "causal padded": lambda draw, s: (
+        Causal(s.m - s.n) & Padding.of_lengths(draw.integers(s.m + 1, s.batch), s.m)
     ),
     "prefix": lambda draw, s: Causal() | Prefix(draw.integers(s.m, s.batch)),
     "padding": lambda draw, s: Padding(draw.bits(s.batch, s.m)),

@@ -83,7 +83,7 @@ def test_imports_point_one_way():
     order = [
         {"errors"},
         {"part", "grouped", "trace", "runs", "opaque", "grid"},
-        {"dropout", "mask", "normalizer", "position", "score", "custom"},
+        {"dropout", "mask", "normalizer", "position", "score", "custom", "feature_map", "features"},
         {"rule", "transposed", "neighborhood"},
         {"looking"},
         {"matrix"},

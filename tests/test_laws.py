@@ -17,9 +17,8 @@ from regard import FormError
 from regard.kernel import extension
 
 COMPILED = extension.load() is not None  # if not, the header of the run says so
-# The form `convolutional` has parts of its own, and laws over them in test_convolutional.py.
-ELSEWHERE = ("dense", "convolutional")
-FASTER = [form for form in FORMS if form not in ELSEWHERE and (COMPILED or form != "fused")]
+# Forms of few matrices have laws of their own: test_convolutional.py, test_recurrent.py.
+FASTER = ["tiled", *(["fused"] if COMPILED else [])]
 EPS = torch.finfo(torch.float64).eps
 PRODUCTS = ("dot", "bilinear", "cosine", "position only")
 
@@ -27,7 +26,7 @@ PRODUCTS = ("dot", "bilinear", "cosine", "position only")
 def applies(form: str, score: str, normalizer: str, position: str = "none") -> bool:
     """Whether a form has these parts; those that it lacks are named here, and it must say so."""
     kind = position.split(",", maxsplit=1)[0]
-    lacks = score in ("gelu", "own function")
+    lacks = score in ("gelu", "own function") or score.startswith("features")
     lacks = lacks or kind in ("fire", "cope", "shift", "gaussian", "field")
     # Further channels are those of a product.
     lacks = lacks or (position == "transformer-xl" and score not in PRODUCTS)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regard import errors, grouped
-from regard.form import convolutional, dense, fused, tiled
+from regard.form import convolutional, dense, fused, recurrent, tiled
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -26,6 +26,7 @@ is_plain, product_plain = fused.is_plain, fused.product_plain
 
 FORMS: dict[str, ModuleType] = {
     "convolutional": convolutional,
+    "recurrent": recurrent,
     "fused": fused,
     "tiled": tiled,
     "dense": dense,

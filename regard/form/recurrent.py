@@ -1,0 +1,331 @@
+"""A matrix whose scores factorise, as a recurrence: time and memory O(n), a state of constant size.
+
+output_t = S_t^T q_t, where S_t holds all that the tokens up to t left behind; see `chunks` for the
+algorithm. Without a mask one state of all tokens serves every query: phi(Q) (phi(K)^T V).
+RowSum divides by the same recurrence of a value that is 1: a column of ones beside the values.
+reference  regard/form/dense.py::product
+work       see regard/form/chunks.py; 4 n d e without a mask
+after      Katharopoulos et al. 2020, arXiv:2006.16236, eqs. 4 to 12
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard import errors
+from regard.features import Features
+from regard.form import chunks
+from regard.form.chunks import Tokens
+from regard.form.past import Past, past
+from regard.form.tiles import compute_dtype
+from regard.normalizer import Identity, RowSum, Softmax
+from regard.position.base import Position, terms
+from regard.position.toeplitz import Alibi
+from regard.score import PositionOnly
+
+if TYPE_CHECKING:
+    from regard.matrix import Attention
+
+
+def needs(matrix: Attention) -> str | None:
+    """A score that factorises, RowSum or Identity, and a mask that hides the future alone."""
+    score, normalizer = matrix.score, matrix.normalizer
+    if type(score) is PositionOnly:
+        reason = _needs_alibi(matrix)
+    elif type(score) is not Features:
+        return f"needs a score that factorises, phi(q) . phi(k), as Features has; {score} does not."
+    elif type(normalizer) not in (RowSum, Identity):
+        return (
+            f"needs the normalizer RowSum() or Identity(), under which weights are scores; "
+            f"{normalizer} bends each of them."
+        )
+    else:
+        reason = _needs_no_bias(matrix.position)
+    if reason is None and matrix.dropout is not None:
+        reason = f"has one state for all pairs, and {matrix.dropout} treats each pair by itself."
+    return reason or (_needs_mask(matrix) if _past(matrix) is None else None)
+
+
+def _needs_no_bias(position: Position | None) -> str | None:
+    for part in terms(position):
+        if type(part).on_score is not Position.on_score:
+            return (
+                f"has no state for {part}, which is added to each score; log_decay multiplies it."
+            )
+    return None
+
+
+def _needs_alibi(matrix: Attention) -> str | None:
+    position, normalizer = matrix.position, matrix.normalizer
+    if type(normalizer) is not Softmax or normalizer.sink is not None:
+        return f"of position alone needs Softmax() without a sink, not {normalizer}."
+    if type(position) is not Alibi:
+        return (
+            f"of position alone needs a bias whose exponential is a power of the distance, as "
+            f"Alibi's is; {position} has none."
+        )
+    if not bool((position.slopes.detach() >= 0).all()):
+        return "needs slopes of at least 0: with others the state would grow without bound."
+    if _past(matrix) is not None and not _causal(matrix):
+        return "of position alone needs a causal mask."
+    return None
+
+
+def _causal(matrix: Attention) -> bool:
+    found = _past(matrix)
+    return found is not None and found.offset is not None
+
+
+def _needs_mask(matrix: Attention) -> str:
+    return (
+        "needs a mask under which each row sees all real keys, or those up to its own token in its "
+        f"own document: none, Causal(), Causal() & Documents(...), with Padding; {matrix.mask} is "
+        "none of these."
+    )
+
+
+def _past(matrix: Attention) -> Past | None:
+    """What each row sees, if a state can hold it."""
+    score, position = matrix.score, matrix.position
+    offset = score.offset if isinstance(score, Features) and score.recurs else None
+    if isinstance(score, PositionOnly) and isinstance(position, Alibi):
+        offset = position.offset
+    return past(matrix, offset, implied=isinstance(score, Features))
+
+
+def kernel(matrix: Attention) -> tuple[str, int, int]:
+    """What `explain` says: the code that runs, bytes beyond inputs and outputs, side of a tile."""
+    size = compute_dtype(matrix.dtype).itemsize
+    d, lanes = matrix.query.shape[-1], math.prod(matrix.shape[:-2])
+    if not _causal(matrix):
+        return "one state of all keys, in PyTorch", lanes * d * d * size, 1
+    tokens = min(matrix.shape[-2], max(chunks.PIECE_NUMBERS // max(lanes * chunks.CHUNK, 1), 1))
+    piece = lanes * tokens * (3 * chunks.CHUNK + 6 * d) * size
+    return "a state and chunks of tokens, in PyTorch, backward recomputes", piece, chunks.CHUNK
+
+
+def flops(matrix: Attention, out: int) -> int:
+    """Of the forward product with values of width `out`."""
+    d, tokens = matrix.query.shape[-1], math.prod(matrix.shape[:-2]) * matrix.shape[-1]
+    score = matrix.score
+    if not _causal(matrix):
+        return 4 * tokens * d * out
+    once = 2 * tokens * (chunks.CHUNK * (d + out) + 2 * d * out)
+    erases = isinstance(score, Features) and score.erases
+    more = 2 * tokens * (2 * chunks.CHUNK * (d + out) + 4 * d * out + d * d)
+    return once + (more if erases else 0)
+
+
+def product(matrix: Attention, value: Tensor) -> Tensor:
+    """The matrix times value."""
+    return _run(matrix, value, None)[0]
+
+
+def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
+    """The transpose of the matrix times x: the gradient of x . (A v) with respect to v."""
+    batch = matrix.shape[:-2]
+    with torch.inference_mode(False), torch.enable_grad():
+        if matrix.query.is_inference() or x.is_inference():  # autograd cannot keep such tensors
+            matrix, x = _cloned(matrix), x.clone()
+        lanes = torch.broadcast_shapes(batch, x.shape[:-2])
+        value = x.new_zeros(*lanes, matrix.shape[-1], x.shape[-1]).requires_grad_()
+        output = product(matrix, value)
+        graph = any(t.requires_grad for t in (matrix.query, matrix.key, x, *matrix.rule.tensors()))
+        (found,) = torch.autograd.grad(output, value, x.expand_as(output), create_graph=graph)
+    return found if torch.is_grad_enabled() else found.detach()
+
+
+def _cloned(matrix: Attention) -> Attention:
+    rule = matrix.rule.with_tensors([tensor.clone() for tensor in matrix.rule.tensors()])
+    return replace(matrix, query=matrix.query.clone(), key=matrix.key.clone(), rule=rule)
+
+
+def recur(matrix: Attention, value: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The product, begun from the state of earlier tokens, and the state after the last.
+
+    matrix: of a part of a sequence with itself, causal, with Features or position-only Alibi
+    value: [*batch, key heads, n, e]
+    state: what the tokens before left behind; None at the beginning
+    Returns the output [*batch, heads, n, e], and the state S [*batch, heads, d, e] in float32 at
+    least, heads being key heads where decay and erasing do not differ within a group; under RowSum
+    a last column holds z, the sum of keys: [*batch, heads, d, e + 1]. It has gradients.
+    With Documents, the state belongs to the document of the first token.
+    Raises FormError where the matrix is no recurrence, ShapeError for a state that does not fit.
+
+    >>> import regard
+    >>> from regard import Causal, Features, RowSum
+    >>> parts = {"score": Features(), "mask": Causal(), "normalizer": RowSum()}
+    >>> q, k, v = torch.randn(3, 10, 4).unbind(0)
+    >>> first, state = recur(regard.attention(q[:7], k[:7], **parts), v[:7])
+    >>> second, state = recur(regard.attention(q[7:], k[7:], **parts), v[7:], state)
+    >>> torch.allclose(torch.cat([first, second]), regard.attention(q, k, **parts) @ v, atol=1e-6)
+    True
+    >>> state.shape
+    torch.Size([4, 5])
+    """
+    reason = needs(matrix)
+    if reason is None and not _causal(matrix):
+        reason = "has a state only where rows see no later keys; give mask=Causal()."
+    if reason is not None:
+        raise errors.FormError(f"form 'recurrent' {reason}\n  matrix: {matrix}")
+    errors.check_tensor("value", value)
+    errors.check_pair("value", value, "query", matrix.query)
+    errors.check_factor("value", matrix.shape, value, errors.heads_of(matrix.key))
+    return _run(matrix, value, state)
+
+
+class Groups(NamedTuple):
+    """Heads as [key heads, heads that share one], so that what is shared broadcasts."""
+
+    shared: int
+    size: int
+
+    @staticmethod
+    def of(matrix: Attention, batch: tuple[int, ...]) -> Groups:
+        """Of a product with these batch and head axes."""
+        heads, key_heads = batch[-1] if batch else 1, errors.heads_of(matrix.key)
+        shared = key_heads if key_heads > 1 else heads
+        return Groups(shared, heads // max(shared, 1))
+
+    @property
+    def heads(self) -> int:
+        """All heads."""
+        return self.shared * self.size
+
+    def split(self, x: Tensor) -> Tensor:
+        """[*batch, heads, r, c] -> [*batch, key heads, size, r, c]; axes that are shared are 1."""
+        if x.dim() < 3:
+            return x[None, None]
+        if x.shape[-3] in (1, self.shared):
+            return x.unsqueeze(-3)
+        parted: Tensor = x.unflatten(-3, (self.shared, self.size))
+        return parted
+
+    def split_if_tensor(self, x: float | Tensor | None) -> float | Tensor | None:
+        """A part's own tensor next to what was split."""
+        return self.split(x) if isinstance(x, Tensor) else x
+
+    def join(self, x: Tensor, batch: tuple[int, ...] | None) -> Tensor:
+        """Undo `split`; with `batch`, for all of its lanes."""
+        if batch is not None:
+            x = x.expand(*batch[:-1], self.shared, self.size, *x.shape[-2:])
+        joined: Tensor = x.flatten(-4, -3)
+        alone = joined.dim() == 3 and joined.shape[0] == 1
+        return joined[0] if alone and not batch else joined
+
+
+def _run(matrix: Attention, value: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    found = _past(matrix)
+    assert found is not None
+    batch = _output_batch(matrix, value)
+    groups = Groups.of(matrix, batch)
+    with torch.autocast(value.device.type, enabled=False):
+        tokens = _tokens(matrix, value, groups)
+        if found.keep is not None:
+            hidden = groups.split(~found.keep[..., None])
+            tokens = tokens._replace(key=tokens.key.masked_fill(hidden, 0))
+        if found.offset is None:
+            assert tokens.query is not None
+            after = tokens.key.mT @ tokens.value
+            output = tokens.query @ after
+        else:
+            output, after = _since_start(tokens, found, groups, state)
+        if not isinstance(matrix.normalizer, Identity):
+            total = output[..., -1:] + getattr(matrix.normalizer, "eps", 0.0)
+            empty = total == 0
+            output = torch.where(empty, 0, output[..., :-1] / torch.where(empty, 1, total))
+    return groups.join(output, batch).to(value.dtype), groups.join(after, None)
+
+
+def _output_batch(matrix: Attention, value: Tensor) -> tuple[int, ...]:
+    """The batch and head axes of the product."""
+    batch, axes = matrix.shape[:-2], list(value.shape[:-2])
+    if axes and batch:
+        axes[-1] = max(axes[-1], batch[-1])
+    return tuple(torch.broadcast_shapes(axes, batch))
+
+
+def _tokens(matrix: Attention, value: Tensor, groups: Groups) -> Tokens:
+    """What the recurrence reads, in float32 at least; a last column of ones where sums count."""
+    dtype = compute_dtype(matrix.dtype)
+    value = groups.split(value.to(dtype))
+    if not isinstance(matrix.normalizer, Identity):
+        value = F.pad(value, (0, 1), value=1.0)
+    score, position = matrix.score, matrix.position
+    if isinstance(position, Alibi) and isinstance(score, PositionOnly):
+        query, key = (value.new_ones(1, 1, length, 1) for length in matrix.shape[-2:])
+        slopes = groups.split(position.slopes.to(dtype)[..., None, None])
+        return Tokens(query, key, value, -slopes)
+    assert isinstance(score, Features)
+    query, key = (groups.split(x.to(dtype)) for x in matrix.rule.operands(matrix.query, matrix.key))
+    read_write = score.erase
+    own = replace(
+        score,
+        log_decay=groups.split_if_tensor(score.log_decay),
+        beta=groups.split_if_tensor(score.beta),
+        erase=read_write and (groups.split(read_write[0]), groups.split(read_write[1])),
+    )
+    erasing = own.erasing(key) if own.erases else (None, None)
+    return Tokens(query, own.written(key), value, own.decay(key), *erasing)
+
+
+def _since_start(
+    tokens: Tokens, found: Past, groups: Groups, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs of all rows, and the state after the last one's token."""
+    query, offset = tokens.query, found.offset
+    assert query is not None
+    assert offset is not None
+    n, keys = query.shape[-2], tokens.key.shape[-2]
+    before, early, last = max(offset, 0), min(max(-offset, 0), n), max(n + offset, 0)
+    lined = _each(tokens._replace(query=None), lambda x: _lengthened(x, last, keys))
+    if found.begins is not None:
+        begins = F.pad(found.begins[..., early:], (before, 0))[..., None]
+        decay = query.new_zeros(1, 1) if lined.log_decay is None else lined.log_decay
+        decay = torch.where(groups.split(begins), -torch.inf, decay)
+        lined = lined._replace(log_decay=decay)
+    state = lined.start()
+    if given is not None:
+        state = state + groups.split(_checked(given, state, groups)).to(state.dtype)
+    if before:
+        _, state = chunks.scan(_part(lined, slice(0, before)), state)
+    rest = _part(lined, slice(before, last))._replace(query=query[..., early:, :])
+    output, state = chunks.scan(rest, state)
+    assert output is not None
+    return F.pad(output, (0, 0, early, 0)), state
+
+
+def _lengthened(x: Tensor, tokens: int, keys: int) -> Tensor:
+    """The first tokens, or all and more of zeros; what all tokens share stays."""
+    return F.pad(x, (0, 0, 0, tokens - keys)) if x.shape[-2] == keys else x
+
+
+def _each(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Tokens:
+    changed: Any = (x if x is None else change(x) for x in tokens)
+    return Tokens(*changed)
+
+
+def _part(tokens: Tokens, which: slice) -> Tokens:
+    whole = tokens.key.shape[-2]
+    return _each(tokens, lambda x: x[..., which, :] if x.shape[-2] == whole else x)
+
+
+def _checked(state: Tensor, start: Tensor, groups: Groups) -> Tensor:
+    errors.check_tensor("state", state, shape="[*batch, heads, d, e]")
+    heads = errors.heads_of(state)
+    lanes = (*start.shape[:-4], start.shape[-4] * start.shape[-3])
+    fits = state.shape[-2:] == start.shape[-2:] and heads in (1, groups.shared, groups.heads)
+    if not fits:
+        raise errors.ShapeError(
+            f"state has shape {errors.show(state.shape)}, but these tokens leave one of "
+            f"{errors.show((*lanes, *start.shape[-2:]))}; give what `recur` returned for the "
+            "tokens before, or None at the beginning."
+        )
+    return state
