@@ -30,6 +30,15 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def unit(x: Tensor) -> Tensor:
+    """x / |x|, with which the delta rule is stable for beta in [0, 2].
+
+    >>> unit(torch.tensor([3.0, 4.0]))
+    tensor([0.6000, 0.8000])
+    """
+    return F.normalize(x, dim=-1)
+
+
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1: x + 1 above zero and e^x below, always positive.
 
@@ -161,7 +170,10 @@ class RandomFeatures(Part):
         generator = torch.Generator().manual_seed(seed)
         blocks = -(-features // head_dim)
         normal = torch.randn(blocks, head_dim, head_dim, generator=generator)
-        directions = torch.linalg.qr(normal).Q.flatten(0, 1)[:features]
+        turn, triangle = torch.linalg.qr(normal)
+        # Uniform over rotations only with these signs: Mezzadri 2007, arXiv:math-ph/0609050.
+        turn = turn * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+        directions = turn.flatten(0, 1)[:features]
         lengths = torch.randn(features, head_dim, generator=generator).norm(dim=-1, keepdim=True)
         return RandomFeatures(directions * lengths)
 

@@ -11,19 +11,24 @@ from torch import Tensor, nn
 from regard import errors
 from regard.custom import PairFunction
 from regard.dropout import Dropout
+from regard.features import Features
 from regard.mask import Mask
 from regard.matrix import Attention, attention
+from regard.nn.cache import KVCache, Parts, RecurrentState, State
 from regard.nn.learnable import Learnable
-from regard.normalizer import Normalizer, Softmax
+from regard.normalizer import Identity, Normalizer, RowSum, Softmax
 from regard.opaque import opaque_unless
 from regard.part import Part
 from regard.position import Bias, Position
 from regard.score import Dot, Score
 
 
-def _followed(layer: Heads, *_: Any) -> Any:
-    """What a graph can follow: every score but a function of a tile."""
-    return Heads._attend.__wrapped__ if isinstance(layer.score, Learnable) else None  # type: ignore[attr-defined]
+def _followed(
+    layer: Heads, *_: Any, state: State | None = None, score: Score | None = None, **__: Any
+) -> Any:
+    """What a graph can follow: every score but a function of a tile, without a state."""
+    whole = isinstance(layer.score, Learnable) and state is None and score is None
+    return Heads._attend.__wrapped__ if whole else None  # type: ignore[attr-defined]
 
 
 class Heads(nn.Module):
@@ -58,21 +63,33 @@ class Heads(nn.Module):
         key: Tensor,
         value: Tensor,
         mask: Mask | Tensor | None,
+        *,
+        state: State | None = None,
+        score: Score | None = None,
         bias: Bias | None = None,
     ) -> tuple[Tensor, Attention]:
         """Heads [*batch, heads, n, d] -> concatenated outputs [*batch, n, heads d], the matrix."""
         position = _built(self.position)
         dropout = Dropout(self.dropout) if self.training and self.dropout > 0 else None
-        matrix = attention(
-            query,
-            key,
-            score=_built(self.score),
-            position=position if bias is None else bias if position is None else position + bias,
-            mask=mask,
-            normalizer=_built(self.normalizer),
-            dropout=dropout,
-        )
-        output = matrix @ value
+        score = _built(self.score) if score is None else score
+        if bias is not None:
+            position = bias if position is None else position + bias
+        normalizer = _built(self.normalizer)
+        if state is not None:
+            parts = Parts(score, position, normalizer, dropout)
+            output, matrix = state.attend(parts, query, key, value)
+        else:
+            matrix = attention(
+                query,
+                key,
+                score=score,
+                position=position,
+                mask=mask,
+                normalizer=normalizer,
+                dropout=dropout,
+            )
+            output = matrix @ value
+        position = matrix.position
         more = None if position is None else position.on_output(matrix)
         if more is not None:
             if more.shape[-1] != output.shape[-1]:
@@ -148,9 +165,19 @@ class SelfAttention(Heads):
         self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self._make_output(bias)
 
-    def forward(self, x: Tensor, *, mask: Mask | Tensor | None = None) -> tuple[Tensor, Attention]:
-        """Inputs [*batch, n, d_model] -> output of the same shape, matrix [*batch, heads, n, n]."""
+    def forward(
+        self, x: Tensor, *, mask: Mask | Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, Attention]:
+        """Inputs [*batch, n, d_model] -> output of the same shape, matrix [*batch, heads, n, n].
+
+        state: of the tokens before x, which x is added to; then attention is causal
+        """
         check_input("x", x, self.embed_dim)
+        if state is not None and mask is not None:
+            raise ValueError(
+                "give a mask or a state: with a state each token sees those before it, within the "
+                "state's own window."
+            )
         parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(
             [heads * self.head_dim for heads in self._heads], dim=-1
         )
@@ -158,8 +185,26 @@ class SelfAttention(Heads):
             part.unflatten(-1, (heads, self.head_dim)).transpose(-3, -2)
             for part, heads in zip(parts, self._heads, strict=True)
         )
-        mixed, matrix = self._attend(query, key, value, mask)
+        mixed, matrix = self._attend(
+            query, key, value, mask, state=state, score=self._score(x)
+        )
         return self.out_proj(mixed), matrix
+
+    def _score(self, x: Tensor) -> Score | None:
+        """The score where it depends on the inputs; None for the layer's own."""
+        return None
+
+    def state(self) -> State:
+        """An empty state: a `RecurrentState` where scores factorise, a `KVCache` elsewhere."""
+        score, normalizer = _built(self.score), _built(self.normalizer)
+        recurrent = isinstance(score, Features) and isinstance(normalizer, (RowSum, Identity))
+        return RecurrentState() if recurrent else KVCache()
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """The output [*batch, d_model] of one more token x [*batch, d_model]."""
+        output, _ = self(x.unsqueeze(-2), state=state)
+        one: Tensor = output.squeeze(-2)
+        return one
 
 
 def _held(part: Part | PairFunction | nn.Module | None) -> nn.Module | PairFunction | None:

@@ -141,7 +141,7 @@ class MultiHeadAttention(Heads):
         if mask is not None:
             masks.append(Dense(mask) if isinstance(mask, Tensor) else mask)
         both = reduce(and_, masks) if masks else None
-        mixed, matrix = self._attend(heads[0], heads[1], heads[2], both, bias)
+        mixed, matrix = self._attend(heads[0], heads[1], heads[2], both, bias=bias)
         output = self.out_proj(mixed)
         output = output if self.batch_first or output.dim() < 3 else output.transpose(0, 1)
         return output, _weights(matrix, need_weights, average_attn_weights)
