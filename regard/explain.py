@@ -69,13 +69,16 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
     inputs = matrix.query.numel() + matrix.key.numel()
     inputs += (matrix.key if value is None else value).numel()
     kernel, memory, tile = form.FORMS[name].kernel(matrix)
+    flops = pairs * (matrix.score.flops_per_pair(width) + 2 * out)
+    if name == "recurrent":
+        flops = form.recurrent.flops(matrix, out)
     return Explanation(
         matrix=repr(matrix),
         form=name,
         kernel=kernel,
         pairs=pairs,
         pairs_in_all=pairs_in_all,
-        flops=pairs * (matrix.score.flops_per_pair(width) + 2 * out),
+        flops=flops,
         bytes=(inputs + lanes * n * out) * size,
         memory=memory,
         tile=tile,

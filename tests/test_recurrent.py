@@ -41,7 +41,6 @@ HELD = [*OWN, "causal", "causal, few see", "padding"]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK", 4)
-    monkeypatch.setattr(chunks, "LEAF", 2)
     monkeypatch.setattr(chunks, "PIECE_NUMBERS", 64)
 
 

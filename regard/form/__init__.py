@@ -37,7 +37,11 @@ FORMS: dict[str, ModuleType] = {
 def choose(matrix: Attention, name: str | None = None) -> str:
     """The form that runs: the one asked for, or the cheapest that applies; FormError otherwise."""
     if name is None:
-        return next(form for form, module in FORMS.items() if module.needs(matrix) is None)
+        return next(
+            form
+            for form, module in FORMS.items()
+            if module.needs(matrix) is None and (form != "recurrent" or recurrent.pays(matrix))
+        )
     if name not in FORMS:
         raise errors.FormError(
             f"there is no form {name!r}.\n  matrix: {matrix}\n"

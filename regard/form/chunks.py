@@ -21,7 +21,7 @@ after      Sun et al. 2023 (RetNet), arXiv:2307.08621, eq. 7; Yang et al. 2024, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,6 @@ from torch import Tensor
 
 # Measured on two cores with AVX2 (bench/recurrent.py): 32 and 128 take 1.1 to 1.6 times as long.
 CHUNK = 64
-LEAF = 8
-"""Rows below which decays for each channel are multiplied out pair by pair."""
 PIECE_NUMBERS = 2**21
 """Numbers of size tokens x C that one piece holds over all lanes."""
 
@@ -53,11 +51,22 @@ class Tokens(NamedTuple):
     def lanes(self) -> tuple[int, ...]:
         """The lanes of the state."""
         given = (self.key, self.value, self.log_decay, self.read, self.write)
-        return tuple(torch.broadcast_shapes(*(x.shape[:-2] for x in given if x is not None)))
+        return broadcast([x.shape[:-2] for x in given if x is not None])
 
     def start(self) -> Tensor:
         """The state before any token, [*lanes, d, e]."""
         return self.value.new_zeros(*self.lanes(), self.key.shape[-1], self.value.shape[-1])
+
+
+def broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The shape of several that are known to broadcast; torch's own takes as long as a step.
+
+    >>> broadcast([(2, 1), (), (3, 1, 5)])
+    (3, 2, 5)
+    """
+    longest = max(map(len, shapes))
+    whole = [(1,) * (longest - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(next((size for size in axis if size != 1), 1) for axis in zip(*whole, strict=True))
 
 
 def scan(tokens: Tokens, state: Tensor, chunk: int | None = None) -> tuple[Tensor | None, Tensor]:
@@ -90,13 +99,10 @@ def step(tokens: Tokens, state: Tensor) -> tuple[Tensor | None, Tensor]:
 def _pieces(tokens: Tokens, chunk: int) -> Iterator[tuple[Tokens, int]]:
     """Pieces of whole chunks, and what is left as a smaller chunk."""
     n = tokens.key.shape[-2]
-    lanes = math.prod(
-        torch.broadcast_shapes(
-            tokens.lanes(), *([] if tokens.query is None else [tokens.query.shape[:-2]])
-        )
-    )
+    of_query = () if tokens.query is None else tokens.query.shape[:-2]
+    lanes = math.prod(broadcast([tokens.lanes(), of_query]))
     wide = tokens.log_decay is not None and tokens.log_decay.shape[-1] > 1
-    numbers = max(chunk, LEAF * tokens.key.shape[-1] if wide else 1)
+    numbers = chunk + (tokens.key.shape[-1] if wide else 0)
     length = max(PIECE_NUMBERS // max(lanes * numbers, 1) // chunk, 1) * chunk
     whole = n // chunk * chunk
     sizes = [length] * (whole // length)
@@ -165,7 +171,7 @@ def _cut(x: Tensor | None, chunk: int) -> Tensor | None:
 
 
 def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(one.shape[:-1], other.shape[:-1])
+    shape = broadcast([one.shape[:-1], other.shape[:-1]])
     return torch.cat([x.expand(*shape, x.shape[-1]) for x in (one, other)], -1)
 
 
@@ -223,9 +229,8 @@ def _by_channel(x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
     middle) are both bounded by x and y, whatever the decay, and one matrix product does them all.
     """
     size = x.shape[-2]
-    if size <= LEAF:
-        kept = _log_kept(decay.mT).exp()  # [*, d, C, C]
-        return torch.einsum("...tc,...sc,...cts->...ts", x, y, kept)
+    if size == 1:  # pair by pair from 8 tokens on took twice as long
+        return (x * y).sum(-1, keepdim=True)
     half = size // 2
     (x0, x1), (y0, y1), (g0, g1) = (z.split([half, size - half], -2) for z in (x, y, decay))
     to_middle = F.pad(g0[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))

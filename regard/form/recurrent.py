@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regard import errors
 from regard.features import Features
-from regard.form import chunks
+from regard.form import chunks, fused
 from regard.form.chunks import Tokens
 from regard.form.past import Past, past
 from regard.form.tiles import compute_dtype
@@ -33,6 +33,9 @@ from regard.score import PositionOnly
 if TYPE_CHECKING:
     from regard.matrix import Attention
 
+SHORT = 1024
+"""Rows from which position-only ALiBi takes longer in `fused`, 8 heads of width 64 on two cores."""
+
 
 def needs(matrix: Attention) -> str | None:
     """A score that factorises, RowSum or Identity, and a mask that hides the future alone."""
@@ -40,7 +43,7 @@ def needs(matrix: Attention) -> str | None:
     if type(score) is PositionOnly:
         reason = _needs_alibi(matrix)
     elif type(score) is not Features:
-        return f"needs a score that factorises, phi(q) . phi(k), as Features has; {score} does not."
+        return "needs a score that factorises, phi(q) . phi(k), as that of Features does."
     elif type(normalizer) not in (RowSum, Identity):
         return (
             f"needs the normalizer RowSum() or Identity(), under which weights are scores; "
@@ -98,6 +101,12 @@ def _past(matrix: Attention) -> Past | None:
     if isinstance(score, PositionOnly) and isinstance(position, Alibi):
         offset = position.offset
     return past(matrix, offset, implied=isinstance(score, Features))
+
+
+def pays(matrix: Attention) -> bool:
+    """Whether nothing else that applies is faster: kernels do short position-only matrices."""
+    short = type(matrix.score) is PositionOnly and matrix.shape[-2] < SHORT
+    return not short or fused.needs(matrix) is not None
 
 
 def kernel(matrix: Attention) -> tuple[str, int, int]:
@@ -249,7 +258,7 @@ def _output_batch(matrix: Attention, value: Tensor) -> tuple[int, ...]:
     batch, axes = matrix.shape[:-2], list(value.shape[:-2])
     if axes and batch:
         axes[-1] = max(axes[-1], batch[-1])
-    return tuple(torch.broadcast_shapes(axes, batch))
+    return chunks.broadcast([axes, batch])
 
 
 def _tokens(matrix: Attention, value: Tensor, groups: Groups) -> Tokens:

@@ -1,0 +1,171 @@
+"""Recurrences beside attention, in training and in decoding: `python -m bench.recurrent`.
+
+Training: causal linear attention in the form `recurrent`, in plain chunked PyTorch (all chunks at
+once, autograd keeps what it likes), and torch's softmax attention, one head of width 64.
+Decoding: time of one more token after t, and what is kept: softmax that computes the sequence
+again, softmax with a KV cache, and a recurrent state.
+Ways take turns; a time is the median of the rounds, and "added" the peak of a fresh process above
+its inputs and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import regard
+from bench.memory import peak, resident
+from regard import Causal, Features, RowSum
+from regard.nn import SelfAttention
+
+WIDTH, CHUNK, ROUNDS = 64, 64, 5
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def recurrent(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What is measured."""
+    parts = {"score": Features(), "mask": Causal(), "normalizer": RowSum(eps=1e-6)}
+    return regard.attention(query, key, **parts).matmul(value, form="recurrent")
+
+
+def chunked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same in the ten lines of PyTorch that one writes oneself."""
+    query, key = F.elu(query) + 1, F.elu(key) + 1
+    value = F.pad(value, (0, 1), value=1.0)
+    q, k, v = (x.unflatten(-2, (-1, CHUNK)) for x in (query, key, value))
+    states = (k.mT @ v).cumsum(-3)
+    before = F.pad(states, (0, 0, 0, 0, 1, 0))[..., :-1, :, :]
+    output = ((q @ k.mT).tril() @ v + q @ before).flatten(-3, -2)
+    return output[..., :-1] / (output[..., -1:] + 1e-6)
+
+
+def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Another function: what attention itself costs."""
+    return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[0]
+
+
+WAYS: dict[str, Way] = {
+    "regard, recurrent": recurrent,
+    "plain chunked PyTorch": chunked,
+    "torch softmax attention": softmax,
+}
+
+
+def problem(n: int, *, train: bool) -> list[Tensor]:
+    """Query, key and value."""
+    torch.manual_seed(0)
+    return [torch.randn(1, n, WIDTH).requires_grad_(train) for _ in range(3)]
+
+
+def call(way: Way, inputs: list[Tensor]) -> None:
+    """Forward, and backward where gradients are wanted."""
+    output = way(*inputs)
+    if output.requires_grad:
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
+def seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median of each, in turns, after a round that is dropped."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, run in calls.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: median(each[1:]) for name, each in times.items()}
+
+
+def added(name: str, n: int) -> float:
+    """MiB beyond inputs and gradients, forward and backward, in a fresh process."""
+    command = [sys.executable, "-m", "bench.recurrent", "--measure", name, "--tokens", str(n)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, check=True
+    )
+    return int(done.stdout) / 2**20
+
+
+def measure(name: str, n: int) -> None:
+    """The same, in this process."""
+    call(WAYS[name], problem(2 * CHUNK, train=True))
+    inputs = problem(n, train=True)
+    room = [torch.ones(n, WIDTH) for _ in range(4)]  # the output and the gradients
+    before = resident()
+    del room
+    call(WAYS[name], inputs)
+    print(max(peak() - before, 0))
+
+
+def training(most: int) -> None:
+    """The first table."""
+    reference, ours = (way(*problem(512, train=False)) for way in (chunked, recurrent))
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    print("| tokens | way | forward, ms | forward + backward, ms | added, MiB |")
+    print("|---|---|---|---|---|")
+    n = 1024
+    while n <= most:
+        rounds = ROUNDS if n <= 8192 else 1
+        found = []
+        for train in (False, True):
+            inputs = problem(n, train=train)
+            found.append(
+                seconds({name: partial(call, way, inputs) for name, way in WAYS.items()}, rounds)
+            )
+        for name in WAYS:
+            one, both = (each[name] * 1e3 for each in found)
+            print(f"| {n} | {name} | {one:.1f} | {both:.1f} | {added(name, n):.0f} |", flush=True)
+        n *= 4
+
+
+def decoding(most: int) -> None:
+    """The second table: layers of 8 heads of width 64."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # so little work that a second thread only waits
+    linear = SelfAttention(8 * WIDTH, 8, score=Features(), normalizer=RowSum(eps=1e-6))
+    plain = SelfAttention(8 * WIDTH, 8)
+    print("| after t tokens | way | one token, ms | kept, KiB |\n|---|---|---|---|")
+    t = 1
+    while t <= most:
+        x = torch.randn(1, t, 8 * WIDTH)
+        cache, state = plain.state(), linear.state()
+        plain(x, state=cache)
+        linear(x, state=state)
+        calls = {
+            "recompute": lambda x=x: plain(x, mask=Causal()),
+            "KV cache": lambda x=x, cache=cache: plain.step(x[:, -1], cache),
+            "recurrent state": lambda x=x, state=state: linear.step(x[:, -1], state),
+        }
+        kept = {"recompute": 0, "KV cache": cache.bytes, "recurrent state": state.bytes}
+        for name, each in seconds(calls, 15 if t <= 4096 else 5).items():
+            print(f"| {t} | {name} | {each * 1e3:.2f} | {kept[name] / 1024:.0f} |", flush=True)
+        t *= 16
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=65536, help="longest sequence in training")
+    parser.add_argument("--decode", type=int, default=65536, help="longest sequence in decoding")
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.tokens)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    training(options.tokens)
+    print()
+    with torch.inference_mode():
+        decoding(options.decode)
+
+
+if __name__ == "__main__":
+    main()
