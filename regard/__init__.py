@@ -16,6 +16,7 @@ from regard.errors import (
     ShapeError,
 )
 from regard.features import Features
+from regard.form.recurrent import recur
 from regard.look import look
 from regard.mask import Causal, Dense, Documents, Mask, Padding, Prefix, Window
 from regard.matrix import Attention, attention
@@ -61,6 +62,7 @@ __all__ = [
     "Window",
     "attention",
     "look",
+    "recur",
     "scaled_dot_product_attention",
     "sdpa_kernel",
 ]

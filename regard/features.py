@@ -178,24 +178,27 @@ class Features(Score):
         return replace(self, offset=offset)
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        one, other = (
-            map(x.new_zeros(*x.shape[:-2], 1, x.shape[-1]))
-            for map, x in ((self.map, query), (self.key_map or self.map, key))
-        )
-        if one.shape[-1] != other.shape[-1]:
-            raise errors.ShapeError(
-                f"{self} maps queries to {one.shape[-1]} features and keys to {other.shape[-1]}; "
-                "their dot product needs as many of both."
-            )
-        if not self.recurs:
-            return
-        n, m, features = query.shape[-2], key.shape[-2], one.shape[-1]
+        if self.key_map is None:
+            errors.check_width(query, key, self)
+        else:
+            one, other = _width(self.map, query), _width(self.key_map, key)
+            if one != other:
+                raise errors.ShapeError(
+                    f"{self} maps queries to {one} features and keys to {other}; their dot product "
+                    "needs as many of both."
+                )
+        if self.recurs:
+            self._check_tokens(query, key)
+
+    def _check_tokens(self, query: Tensor, key: Tensor) -> None:
+        n, m = query.shape[-2], key.shape[-2]
         if self.offset < 0 or n + self.offset > m:
             raise errors.ShapeError(
                 f"{self} has queries at tokens {self.offset} to {self.offset + n - 1}, but keys of "
                 f"the tokens 0 to {m - 1}; with decay or erasing each query must be one of these "
                 "tokens. Give score.at(keys - queries) for the last of them."
             )
+        features = _width(self.map, query)
         told = [
             ("log_decay", self.log_decay, {1, m}, {1, features}),
             ("beta", self.beta, {1, m}, {1}),
@@ -216,6 +219,11 @@ class Features(Score):
         if isinstance(self.log_decay, Tensor) and self.log_decay.shape[-1] > 1:
             return 3 * self.log_decay.shape[-1]
         return 1 if self.log_decay is None else 3
+
+
+def _width(map: FeatureMap, x: Tensor) -> int:
+    """How many features a vector has."""
+    return map(x.new_zeros(*x.shape[:-2], 1, x.shape[-1])).shape[-1]
 
 
 def log_kept(log_decay: Tensor, i: Tensor, j: Tensor) -> Tensor:

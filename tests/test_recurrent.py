@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import laws
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Case, results
+from laws import Case, Sizes, results
 
 from regard import (
     Alibi,
@@ -24,7 +26,6 @@ from regard import (
     Softmax,
     Window,
     attention,
-    grouped,
 )
 from regard.feature_map import Hedgehog, identity
 from regard.form import chunks, recurrent
@@ -60,8 +61,9 @@ def cancellation(matrix):
     if not isinstance(matrix.normalizer, RowSum):
         return 1.0
     query, key = (x.detach().abs() for x in matrix.rule.operands(matrix.query, matrix.key))
-    logits = matrix.logits().detach()
-    size = torch.where(logits == -torch.inf, 0, grouped.matmul(query, key.mT)).sum(-1)
+    i, j = (torch.arange(length) for length in matrix.shape[-2:])
+    logits, sizes = matrix.logits().detach(), matrix.rule.logits(query, key, i, j, None).detach()
+    size = torch.where(logits == -torch.inf, 0, sizes.abs()).sum(-1)
     total = torch.where(logits == -torch.inf, 0, logits).sum(-1) + matrix.normalizer.eps
     return float((size / total.abs()).max().clamp(min=1)) if size.numel() else 1.0
 
@@ -91,6 +93,32 @@ def test_form_equals_dense(score, chunk, mask, position, normalizer, sizes, seed
     x = laws.Draw(seed, torch.float64).normal(sizes.batch, sizes.heads, sizes.n, 3)
     one, other = (matrix.mT.matmul(x, form=form) for form in ("recurrent", "dense"))
     assert_rounding({"transposed": one.detach()}, {"transposed": other.detach()}, factor**3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalizer", ["row sum", "identity"])
+@pytest.mark.parametrize("score", SCORES)
+def test_low_precision_error_is_at_most_twice_that_of_dense(score, normalizer, dtype):
+    """Against float64 dense, pooled over seeds, as in tests/test_laws.py."""
+    squares, allowed = defaultdict(float), defaultdict(float)
+    for seed in (1, 4):
+        sizes = Sizes(batch=1, heads=2, key_heads=1, n=33, m=33, width=8, value_width=8)
+        case = Case(score, "none", "causal", normalizer, sizes, seed)
+        exact, low = case.build(torch.float64), case.build(dtype)
+        for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
+            high.data.copy_(rounded)
+        if cancellation(exact[0]) > 50:
+            continue
+        reference = results(*exact, "dense")
+        terms = reference | laws.contributions(*exact)
+        for found, form in ((squares, "recurrent"), (allowed, "dense")):
+            for name, result in results(*low, form).items():
+                scale = torch.finfo(dtype).eps * float(terms[name].norm()) or 1.0
+                found[name] += (float((result - reference[name]).norm()) / scale) ** 2
+    assert squares
+    for name, total in squares.items():
+        error, dense = total**0.5, allowed[name] ** 0.5
+        assert error <= 2 * dense + 1, f"{name}: {error:.2f} roundings, dense {dense:.2f}"
 
 
 def random(*shape, seed=0):

@@ -26,6 +26,7 @@ from regard.form.chunks import Tokens
 from regard.form.past import Past, past
 from regard.form.tiles import compute_dtype
 from regard.normalizer import Identity, RowSum, Softmax
+from regard.opaque import opaque
 from regard.position.base import Position, terms
 from regard.position.toeplitz import Alibi
 from regard.score import PositionOnly
@@ -156,6 +157,7 @@ def _cloned(matrix: Attention) -> Attention:
     return replace(matrix, query=matrix.query.clone(), key=matrix.key.clone(), rule=rule)
 
 
+@opaque
 def recur(matrix: Attention, value: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The product, begun from the state of earlier tokens, and the state after the last.
 
