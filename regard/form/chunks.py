@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Measured on two cores with AVX2 (bench/recurrent.py): 32 and 128 take 1.1 to 1.6 times as long.
+# Of 32, 64 and 128 the fastest forward and backward, n = 4096 and width 64 on one core with AVX2,
+# without a decay, with one number for each head, and with one for each token.
 CHUNK = 64
 PIECE_NUMBERS = 2**21
 """Numbers of size tokens x C that one piece holds over all lanes."""
