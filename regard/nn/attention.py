@@ -185,9 +185,7 @@ class SelfAttention(Heads):
             part.unflatten(-1, (heads, self.head_dim)).transpose(-3, -2)
             for part, heads in zip(parts, self._heads, strict=True)
         )
-        mixed, matrix = self._attend(
-            query, key, value, mask, state=state, score=self._score(x)
-        )
+        mixed, matrix = self._attend(query, key, value, mask, state=state, score=self._score(x))
         return self.out_proj(mixed), matrix
 
     def _score(self, x: Tensor) -> Score | None:
