@@ -212,6 +212,11 @@ ERRORS = {
         ShapeError,
         ["centre", "(3,)", "(2,)"],
     ),
+    "continued": (
+        lambda: Field(torch.zeros(2, 3), Grid(12)).at(4),
+        ShapeError,
+        ["queries from 4 on", "Grid(size, queries"],
+    ),
     "patches": (lambda: to_patches(torch.zeros(3, 4, 5), (2, 2)), ShapeError, ["(4, 5)"]),
     "patch axes": (lambda: to_patches(torch.zeros(3, 4, 4), 2), ShapeError, ["as (2, 2)"]),
     "no patches": (

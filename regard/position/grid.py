@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class OnGrid(Position):
 
     def on_score(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self.of_pairs(i[:, None], j)
+
+    def at(self, offset: int) -> Self:
+        """The part itself at 0: the queries of a grid continue no sequence of cached keys."""
+        if offset:
+            raise errors.ShapeError(
+                f"{self} has no queries from {offset} on; its queries are those of {self.grid}. "
+                "Grid(size, queries=..., start=...) says where other queries stand."
+            )
+        return self
 
     def check(self, query: Tensor, key: Tensor) -> None:
         self.grid.check(self, query.shape[-2], key.shape[-2])
