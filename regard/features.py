@@ -118,12 +118,15 @@ class Features(Score):
         return self.erases
 
     def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        query = self.map(query)
+        return self.map(query), self.map(key) if self.key_map is None else self.key_map(key)
+
+    def scaled(self, query: Tensor) -> Tensor:
+        """Prepared queries times the scale: n f products instead of n m."""
         scale = self.scale
-        query = query * (per_head(scale, query) if isinstance(scale, Tensor) else scale)
-        return query, self.map(key) if self.key_map is None else self.key_map(key)
+        return query * (per_head(scale, query) if isinstance(scale, Tensor) else scale)
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        query = self.scaled(query)
         if self.erases:
             return self._rows(query, key, i + self.offset)
         decay = self.decay(key)

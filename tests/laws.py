@@ -183,11 +183,12 @@ SCORES: dict[str, Callable[[Draw, Sizes], object]] = {
     "sigmoid": lambda draw, s: Additive(draw.normal(s.heads, s.width), "sigmoid"),
     "position only": lambda draw, s: PositionOnly(),
     "own function": _laplace,
-    "features": lambda draw, s: Features(scale=draw.normal(s.heads)),
+    # A row sum divides the scale away: its gradient is then all rounding.
+    "features": lambda draw, s: Features(scale=0.5 if draw.one_sign else draw.normal(s.heads)),
     "features learned": lambda draw, s: Features(
         Affine(draw.normal(s.heads, s.width, s.width), draw.normal(s.heads, s.width)), torch.exp
     ),
-    "features random": lambda draw, s: Features(RandomFeatures(draw.normal(s.width, s.width))),
+    "features random": lambda draw, s: Features(RandomFeatures(draw.normal(s.width, s.width) / 2)),
     "features retention": lambda draw, s: _tokens(draw, s, "head"),
     "features decay": lambda draw, s: _tokens(draw, s, "token"),
     "features decays": lambda draw, s: _tokens(draw, s, "channel"),

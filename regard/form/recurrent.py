@@ -278,7 +278,8 @@ def _tokens(matrix: Attention, value: Tensor, groups: Groups) -> Tokens:
         slopes = groups.split(position.slopes.to(dtype)[..., None, None])
         return Tokens(query, key, value, -slopes)
     assert isinstance(score, Features)
-    query, key = (groups.split(x.to(dtype)) for x in matrix.rule.operands(matrix.query, matrix.key))
+    query, key = (x.to(dtype) for x in matrix.rule.operands(matrix.query, matrix.key))
+    query, key = groups.split(score.scaled(query)), groups.split(key)
     read_write = score.erase
     own = replace(
         score,
