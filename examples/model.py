@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import Mask
-from regard.nn import SelfAttention
+from regard.nn import GatedAttention, Learnable, SelfAttention
 from regard.position import Position
 
 Batch = tuple[Tensor, Tensor]
@@ -109,9 +110,47 @@ def perplexity(model: nn.Module, batch: Batch) -> float:
     return math.exp(total / asked)
 
 
-def train(model: nn.Module, draw: Callable[[], Batch], steps: int, rate: float) -> None:
-    """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
+@dataclass(frozen=True)
+class Rates:
+    """How fast the parameters learn; places, which say where heads look (tensors
+    of positions, gates), have their own rate.
+    """
+
+    weights: float
+    places: float
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups for an optimizer; places do not decay, since 0 is a place like others."""
+        parts = [m for m in model.modules() if isinstance(m, Learnable)]
+        gates = [m.gate for m in model.modules() if isinstance(m, GatedAttention)]
+        places = {id(p) for p in (*gates, *(p for part in parts for p in part.parameters()))}
+        parameters = list(model.parameters())
+        return [
+            {"params": [p for p in parameters if id(p) not in places], "lr": self.weights},
+            {
+                "params": [p for p in parameters if id(p) in places],
+                "lr": self.places,
+                "weight_decay": 0.0,
+            },
+        ]
+
+
+def train(
+    model: nn.Module,
+    draw: Callable[[], Batch],
+    steps: int,
+    rate: float | Rates,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine.
+
+    after: called after each step, with the number of steps made
+    """
+    if isinstance(rate, Rates):
+        groups, rate = rate.groups(model), rate.weights
+    else:
+        groups = [{"params": list(model.parameters())}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)
     rise = max(steps // 10, 1)
 
     def share(step: int) -> float:
@@ -120,10 +159,11 @@ def train(model: nn.Module, draw: Callable[[], Batch], steps: int, rate: float) 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad()
         loss(model, draw()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        after(step + 1)
     model.eval()
