@@ -112,8 +112,9 @@ def perplexity(model: nn.Module, batch: Batch) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the parameters learn; places, which say where heads look (tensors
-    of positions, gates), have their own rate.
+    """How fast parameters learn: those that say where heads look, and all others.
+
+    places: of tensors of positions and of gates
     """
 
     weights: float
@@ -140,12 +141,8 @@ def train(
     draw: Callable[[], Batch],
     steps: int,
     rate: float | Rates,
-    after: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine.
-
-    after: called after each step, with the number of steps made
-    """
+    """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine."""
     if isinstance(rate, Rates):
         groups, rate = rate.groups(model), rate.weights
     else:
@@ -159,11 +156,10 @@ def train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     model.train()
-    for step in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss(model, draw()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        after(step + 1)
     model.eval()

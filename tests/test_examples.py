@@ -11,7 +11,12 @@ pytest.importorskip("matplotlib", reason="the examples draw: pip install 'regard
 pytest.importorskip("tqdm", reason="the examples show how far they are: regard[examples]")
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "examples" / "positions" / "results"
+# A page on what was learned, and the results that it shows.
+PAGES = {
+    "positions.md": ROOT / "examples" / "positions" / "results",
+    "convolution.md": ROOT / "examples" / "convolution" / "results",
+}
+KEPT = sorted(path for results in PAGES.values() for path in results.glob("*.json"))
 sys.path.append(str(ROOT))  # last, so that an installed regard is the one that is tested
 
 SCRIPTS = {
@@ -19,6 +24,8 @@ SCRIPTS = {
     "positions.extrapolation": {"extrapolation.md", "extrapolation.png"},
     "positions.masked_and_causal": {"masked_and_causal.md", "learned.png"},
     "positions.length": {"length.md", "length.png"},
+    "convolution.convert": {"convert.md", "convert.png"},
+    "convolution.receptive": {"receptive.md", "receptive.png"},
 }
 
 
@@ -44,21 +51,21 @@ def tables(text):
     return re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
 
 
-def test_tables_of_the_page_are_those_of_the_results():
+@pytest.mark.parametrize("name", PAGES)
+def test_tables_of_the_page_are_those_of_the_results(name):
     """A table whose first line stands in a page of results is there whole."""
-    measured = {table for path in RESULTS.glob("*.md") for table in tables(path.read_text())}
+    pages = PAGES[name].glob("*.md")
+    measured = {table for path in pages for table in tables(path.read_text())}
     heads = {table.split("\n")[0] for table in measured}
-    shown = [
-        t for t in tables((ROOT / "docs/positions.md").read_text()) if t.split("\n")[0] in heads
-    ]
+    shown = [t for t in tables((ROOT / "docs" / name).read_text()) if t.split("\n")[0] in heads]
     assert shown
     assert set(shown) <= measured
 
 
-@pytest.mark.parametrize("page", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", KEPT, ids=lambda path: path.stem)
 def test_pages_of_results_say_what_was_measured(page, tmp_path):
     """The committed tables are those of the committed numbers."""
-    script = importlib.import_module(f"examples.positions.{page.stem}")
+    script = importlib.import_module(f"examples.{page.parent.parent.name}.{page.stem}")
     (tmp_path / page.name).write_bytes(page.read_bytes())
     script.main(["--redraw", "--out", str(tmp_path)])
     written = (tmp_path / page.name).with_suffix(".md").read_text()

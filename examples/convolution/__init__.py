@@ -1,0 +1,1 @@
+"""Experiments on convolution and attention; docs/convolution.md shows their results."""
