@@ -20,6 +20,7 @@
 #pragma once
 
 #include "attend.h"
+#include "bias_gradients.h"
 #include "pair_gradients.h"
 
 namespace regard::REGARD_ISA {
@@ -57,8 +58,8 @@ class Backward {
       : p(p),
         s(s),
         chunk(chunk),
-        dkey(place(p.dkey, part * p.m * round_up(p.d, GRADIENT_STEP))),
-        dvalue(place(p.dvalue, part * p.m * round_up(p.e, GRADIENT_STEP))) {}
+        dkey(place<T>(p.dkey, part * p.m * round_up(p.d, GRADIENT_STEP))),
+        dvalue(place<T>(p.dvalue, part * p.m * round_up(p.e, GRADIENT_STEP))) {}
 
   void tile(int64_t of_lane, int64_t first) {
     lane = of_lane, row = first, count = p.n - row < ROWS ? p.n - row : ROWS;
@@ -98,12 +99,6 @@ class Backward {
   T *dkey, *dvalue;
   T drow[ROWS];
 
-  static T* place(const Operand& x, int64_t offset) {
-    return x.data ? reinterpret_cast<T*>(x.data) + offset : nullptr;
-  }
-  T* of_lane(const Operand& x, int64_t numbers) const {
-    return place(x, (chunk * p.lanes + lane) * numbers);
-  }
   T* weights(int64_t slot) const { return s.weights(p, slot); }
   T* dweights(int64_t slot) const { return s.weights(p, slot) + s.SIZE; }
   T* slopes(int64_t slot) const { return p.softcap ? s.weights(p, slot) + 2 * s.SIZE : nullptr; }
@@ -213,7 +208,7 @@ class Backward {
     clear_outside(v, w);
     clear_outside(v, dw);
     if (dvalue) add_to_keys(v, w, s.left, dvalue + v.first * round_up(p.e, GRADIENT_STEP));
-    add_to_biases(v, dw);
+    add_to_biases(p, s.logits, chunk, v, dw);
     if (p.softcap)
       over(v, [&](int, int at, int) { store(dw + at, load(dw + at) * load(slopes(slot) + at)); });
     if (!p.d) return;
@@ -260,69 +255,6 @@ class Backward {
       }
   }
 
-  void add_to_biases(const Visible<T>& v, const T* dlogits) {
-    if (p.dband.data) add_to_band(v, dlogits);
-    if (p.dtoeplitz.data) {
-      T* to = of_lane(p.dtoeplitz, p.n + p.m - 1 + ROWS) + row + p.m - 1 - v.first;
-      over(v, [&](int j, int at, int q) {
-        store(to - j + q * W<T>, load(to - j + q * W<T>) + load(dlogits + at));
-      });
-    }
-    if (!p.dbias.data) return;
-    if (p.bias.row == 0) {
-      T* to = of_lane(p.dbias, p.m) + v.first;
-      over(v, [&](int j, int at, int) { to[j] += sum<T>(load(dlogits + at)); });
-      return;
-    }
-    T* to = reinterpret_cast<T*>(const_cast<char*>(row_of(p, p.dbias, lane, row))) + v.first;
-    over(v, [&](int j, int at, int q) {
-      const Vec<T> each = load(dlogits + at);
-      for (int k = 0; k < W<T> && q * W<T> + k < count; ++k)
-        to[(q * W<T> + k) * p.dbias.row + j * p.dbias.column] += each[k];
-    });
-  }
-
-  // A tail of the band takes the sum over its keys, the others one number each.
-  void add_to_band(const Visible<T>& v, const T* dlogits) {
-    const Overlap of = s.logits.overlap(p, v);
-    T* to = reinterpret_cast<T*>(const_cast<char*>(row_of(p, p.dband, lane, row)));
-    if (of.before() || of.behind(count)) {
-      T* tail = to + (of.before() ? 0 : of.last);
-      for (int g = 0; g < v.GROUPS; ++g)
-        for (int lanes = 0; lanes < GROUP<T>; lanes += W<T>) {
-          Vec<T> some{};
-          for (int j = v.begin[g]; j < v.end[g]; ++j)
-            some += load(dlogits + g * PANEL<T> + j * GROUP<T> + lanes);
-          const int64_t first = g * GROUP<T> + lanes;
-          for (int k = 0; k < W<T> && first + k < count; ++k)
-            tail[(first + k) * p.dband.row] += some[k];
-        }
-      return;
-    }
-    T* across = s.logits.bias_space;
-    for (int64_t r = 0; r < count; r += W<T>)
-      for (int64_t c = 0; c < v.count; c += W<T>)
-        transpose_block(across + r * KEYS + c, KEYS,
-                        dlogits + r / GROUP<T> * PANEL<T> + c * GROUP<T> + r % GROUP<T>, GROUP<T>);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t begin = of.begin(r), end = of.end(r);
-      const T* from = across + r * KEYS;
-      T *home = to + r * p.dband.row, *inside = home - r + of.shift;
-      home[0] += sum_of(from, begin);
-      for (int64_t j = begin; j < end; ++j) inside[j] += from[j];
-      home[of.last] += sum_of(from + end, v.count - end);
-    }
-  }
-
-  static T sum_of(const T* from, int64_t count) {
-    Vec<T> some{};
-    int64_t j = 0;
-    for (; j + W<T> <= count; j += W<T>) some += load(from + j);
-    T total = sum<T>(some);
-    for (; j < count; ++j) total += from[j];
-    return total;
-  }
-
   void add_pair_by_pair(const Visible<T>& v, const T* dlogits, Matrix<T> keys) {
     switch (p.score) {
       case Score::distance:
@@ -349,7 +281,7 @@ class Backward {
     if (p.score == Score::reciprocal)
       for (int64_t c = p.d; c < query.padded; ++c) s.logits.weight[c] = 1;
     T unused[W<T>] = {};
-    T* dweight = of_lane(p.dweight, round_up(p.d, GRADIENT_STEP));
+    T* dweight = of_lane<T>(p, p.dweight, chunk, lane, round_up(p.d, GRADIENT_STEP));
     for (int64_t c = 0; c < p.d; c += W<T>) {
       const int64_t panel = c / GROUP<T> * ROWS * GROUP<T> + c % GROUP<T>;
       const Vec<T> w = p.weight.data ? load(s.logits.weight + c) : Vec<T>{};

@@ -218,13 +218,12 @@ POSITIONS: dict[str, Callable[[Draw, Sizes], object]] = {
     "cope": lambda draw, s: Cope(draw.normal(s.heads, 4, s.width)),
     "shift": lambda draw, s: Shift(draw.integers(3, s.heads, 2) - 1, grid(s), "reflect"),
     "shift, zeros": lambda draw, s: Shift(draw.integers(5, s.heads, 2) - 2, grid(s)),
-    # Wide spots: squares of the distances met here go up to hundreds, gradients sum them, and the
-    # entropy of a row that a sink leaves e^-60 of loses the digits of the 60.
+    # Wide spots: squares of the distances met here go up to hundreds, and gradients sum them.
     "gaussian": lambda draw, s: Gaussian(
-        draw.normal(s.heads, 2), draw.positive(s.heads) / 16, grid(s)
+        draw.normal(s.heads, 2), draw.positive(s.heads) / 4, grid(s)
     ),
     "gaussian, any shape": lambda draw, s: Gaussian(
-        draw.normal(s.heads, 2), draw.normal(s.heads, 2, 2) / 16, grid(s)
+        draw.normal(s.heads, 2), draw.normal(s.heads, 2, 2) / 4, grid(s)
     ),
     "field": lambda draw, s: Field(draw.normal(s.heads, 3, 2), grid(s), dilation=(1, 2)),
     "alibi + row bias": lambda draw, s: Alibi.of(s.heads) + Bias(draw.normal(s.heads, 1, s.m)),

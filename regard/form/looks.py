@@ -176,9 +176,10 @@ class _Answers:
         asked, homes = self.asked, self.homes
         if asked.entropy or asked.distance:
             size = tile.weights.abs()
-            self.size[..., tile.rows] += size.sum(-1)
-        if asked.entropy:
-            homes.entropy[..., tile.rows] += torch.xlogy(size, size).sum(-1)
+            total = size.sum(-1)
+            if asked.entropy:
+                self._merge_entropy(tile, size, total)
+            self.size[..., tile.rows] += total
         if asked.distance:
             i, j = self.tiles.at(tile.rows, tile.span.columns)
             far = (i[:, None] + asked.offset - j).abs()
@@ -191,6 +192,19 @@ class _Answers:
             homes.mass[_cells(tile, asked.side)] += _pooled(tile.weights, tile, asked.side)
         if asked.largest:
             self._take_cells(tile)
+
+    def _merge_entropy(self, tile: Tile, size: Tensor, total: Tensor) -> None:
+        """H = p H_before + q H_tile - p log p - q log q, with the shares p + q = 1 of each.
+
+        All terms are at least 0, so that rows keep their digits whose weights are all tiny, as
+        beside a sink; the difference log Z - sum w log w / Z would lose those of log Z.
+        """
+        inside = size / torch.where(total > 0, total, 1)[..., None]
+        entropy, before = self.homes.entropy[..., tile.rows], self.size[..., tile.rows]
+        whole = before + total
+        p, q = (part / torch.where(whole > 0, whole, 1) for part in (before, total))
+        between = -torch.xlogy(p, p) - torch.xlogy(q, q)
+        entropy.copy_(p * entropy - q * torch.xlogy(inside, inside).sum(-1) + between)
 
     def _take_largest(self, tile: Tile) -> None:
         values, indices = (x[..., tile.rows, :] for x in (self.homes.values, self.homes.indices))
@@ -213,8 +227,7 @@ class _Answers:
         asked, homes, some = self.asked, self.homes, self.size > 0
         size = torch.where(some, self.size, 1)
         if asked.entropy:
-            entropy = (size.log() - homes.entropy / size).clamp(min=0)
-            homes = homes._replace(entropy=torch.where(some, entropy, self.size))
+            homes = homes._replace(entropy=torch.where(some, homes.entropy, self.size))
         if asked.distance:
             homes = homes._replace(distance=torch.where(some, homes.distance / size, self.size))
         if asked.k:
