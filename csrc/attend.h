@@ -118,12 +118,12 @@ struct State {
         const int lane = g * GROUP<T> + q * W<T>;
         T* at = tile + g * PANEL<T> + q * W<T>;
         Vec<T> sums[FEW] = {};
-        for (int j = v.begin[g]; j < v.end[g]; ++j) {
+        few_sums(v.begin[g], v.end[g], [&](int j, int u) __attribute__((always_inline)) {
           const Vec<T> logit = load(at + j * GROUP<T>), weight = logit == -INF<T> ? Vec<T>{} : logit;
           store(at + j * GROUP<T>, weight);
-          sums[j % FEW] += weight;
-        }
-        store(total + lane, load(total + lane) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+          sums[u] += weight;
+        });
+        store(total + lane, load(total + lane) + added_up<T>(sums));
       }
   }
 

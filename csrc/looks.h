@@ -161,10 +161,12 @@ struct Weighed {
   // raw: weights without `factor` of their rows; tile: where the finished ones go
   void take(const Problem& p, const Logits<T>& logits, const Visible<T>& v, const T* raw,
             const T* factor, T* tile) {
-    // A 0 stays 0: a hidden pair in a row that is not a number.
+    // A 0 stays 0 where pairs are hidden: those of a row that is not a number are none of its own.
+    const bool hides = p.mask.present && !v.full;
     add_to_rows(v, size, [&](int j, int place, int q) __attribute__((always_inline)) {
       const Vec<T> one = load(raw + place);
-      Vec<T> weight = one == 0 ? one : one * load(factor + q * W<T>);
+      Vec<T> weight = one * load(factor + q * W<T>);
+      if (hides) weight = one == 0 ? one : weight;
       if (p.dropout.lanes) weight *= logits.drop_factor(p, v.first + j, q);
       store(tile + place, weight);
       return weight;

@@ -68,10 +68,12 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
     size = matrix.query.element_size()
     inputs = matrix.query.numel() + matrix.key.numel()
     inputs += (matrix.key if value is None else value).numel()
-    kernel, memory, tile = form.FORMS[name].kernel(matrix)
-    flops = pairs * (matrix.score.flops_per_pair(width) + 2 * out)
-    if name == "recurrent":
-        flops = form.recurrent.flops(matrix, out)
+    module = form.FORMS[name]
+    kernel, memory, tile = module.kernel(matrix)
+    if hasattr(module, "flops"):  # that are not so many for each pair
+        flops = module.flops(matrix, out)
+    else:
+        flops = pairs * (matrix.score.flops_per_pair(width) + 2 * out)
     return Explanation(
         matrix=repr(matrix),
         form=name,

@@ -8,7 +8,7 @@ the tiles to skip, the tiles that need no test, and the bool tile for the rest.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from regard.part import Index, narrow, positions
+from regard.part import Index, Part, narrow, positions
 
 if TYPE_CHECKING:
     from regard.mask import Mask
@@ -281,26 +281,33 @@ class Runs:
 
 
 def compile_mask(mask: Mask, rows: int, columns: int, device: torch.device) -> Runs:
-    """The runs of a mask, which are kept: of rules without tensors, and of masks that live.
+    """The runs of a mask, which are kept: of rules that compare by value, and of masks that live.
 
     Those of tensors are made again where torch counts that one was written to, which it does not
     for inference tensors, nor for writes through NumPy or `.data`. What is kept is no inference
     tensor, so that a matrix may be differentiated whose mask was first used in inference mode.
     """
     tensors = mask.tensors()
-    if not tensors:
+    if not tensors and _is_value(mask):
         return _of_rule(mask, rows, columns, device)
     if any(tensor.is_inference() for tensor in tensors):
         return mask.runs(rows, columns, device)
     found = rows, columns, device, tuple(tensor._version for tensor in tensors)
-    known = _of_tensors.get(mask)
+    known = _of_living.get(mask)
     if known is None or known[0] != found:
         with torch.inference_mode(False):
-            known = _of_tensors[mask] = found, mask.runs(rows, columns, device)
+            known = _of_living[mask] = found, mask.runs(rows, columns, device)
     return known[1]
 
 
-_of_tensors: WeakKeyDictionary[Mask, tuple[Any, Runs]] = WeakKeyDictionary()
+_of_living: WeakKeyDictionary[Mask, tuple[Any, Runs]] = WeakKeyDictionary()
+
+
+def _is_value(part: Part) -> bool:
+    """Whether another part may equal this one, down to its leaves: then it is worth keeping."""
+    held = (getattr(part, field.name) for field in fields(part))  # type: ignore[arg-type]
+    by_value = type(part).__eq__ is not object.__eq__
+    return by_value and all(_is_value(item) for item in held if isinstance(item, Part))
 
 
 @lru_cache(maxsize=32)

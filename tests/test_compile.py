@@ -228,6 +228,21 @@ def test_dropout_drawn_in_a_graph_is_new_each_time_and_the_same_backward():
     assert torch.equal(*gradients)
 
 
+def test_a_graph_runs_the_form_that_runs_without_it():
+    """Position alone over a long sequence is a recurrence, in a graph too."""
+    slopes = (torch.rand(HEADS, 1, generator=RANDOM)[:, 0] + 0.1).requires_grad_()
+    value = normal(1, HEADS, 1100, 3)
+    tokens = torch.zeros(1, HEADS, 1100, 0)
+
+    def function(value):
+        parts = {"score": PositionOnly(), "position": Alibi(slopes), "mask": Causal()}
+        return attention(tokens, tokens, **parts) @ value
+
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=Alibi(slopes), mask=Causal())
+    assert matrix.explain(value).form == "recurrent"
+    compare(function, [value], learned=[slopes])
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler, g++")
 def test_inductor():
     slopes = normal(HEADS)
@@ -327,7 +342,8 @@ def test_a_matrix_is_a_left_factor_only():
 def test_the_operator_keeps_torchs_rules():
     import_module("regard.form.in_graph")
     query, key, value = operands()
-    slopes, words = normal(HEADS), "Rule Dot None real Alibi tensor whole Softmax None Causal whole"
+    slopes = normal(HEADS)
+    words = "None Rule Dot None real Alibi tensor whole Softmax None Causal whole"
     numbers = ([1, 0], [2.0], False, True)
     arguments = (query, key, value, [slopes], f"{words} None None", *numbers)
     torch.library.opcheck(torch.ops.regard.product.default, arguments)
@@ -335,3 +351,6 @@ def test_the_operator_keeps_torchs_rules():
     (slope,) = torch.autograd.grad(output.sum(), slopes, create_graph=True)
     with pytest.raises(FormError, match="first derivatives only"):
         slope.sum().backward()
+    unknown = f"{words} Neverheard None".replace("Causal whole Neverheard", "Neverheard")
+    with pytest.raises(FormError, match="made with a part Neverheard, which is not loaded"):
+        torch.ops.regard.product(query, key, value, [slopes], unknown, *numbers)

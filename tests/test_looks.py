@@ -194,6 +194,26 @@ def test_a_sink_that_takes_all_leaves_rows_without_weight():
     assert (found.topk.indices >= 0).all()  # keys that are seen, with weight 0
 
 
+@pytest.mark.usefixtures("way")
+def test_rows_beside_a_sink_keep_their_digits():
+    """Shares of what a sink leaves, however little, are those without it."""
+    x = 3 * torch.randn(2, 9, 4, dtype=torch.float64)
+    plain = attention(x, x, mask=Causal())
+    beside = attention(x, x, mask=Causal(), normalizer=Softmax(sink=torch.tensor(300.0)))
+    assert float(beside.dense().max()) < 1e-50
+    for question in ("entropy", "distance"):
+        found, wanted = (getattr(A, question)() for A in (beside, plain))
+        assert torch.allclose(found, wanted, rtol=1e-14, atol=1e-14), question
+
+
+@pytest.mark.usefixtures("way")
+def test_a_row_that_overflowed_is_not_a_number_at_any_key():
+    x = torch.tensor([[1.0]])
+    A = attention(x, torch.tensor([[torch.inf], [torch.inf], [-3e38]]))
+    assert A.dense().isnan().all()
+    assert A.received().isnan().all()
+
+
 @COMPILED_ONLY
 @pytest.mark.parametrize("normalizer", NORMS, ids=repr)
 def test_a_nan_stays_with_its_row(normalizer):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from regard import (
     Causal,
@@ -16,6 +18,7 @@ from regard import (
     Dot,
     FormError,
     Identity,
+    Mask,
     Padding,
     PositionOnly,
     RowSum,
@@ -258,14 +261,50 @@ def test_a_mask_first_used_in_inference_mode_may_be_trained_with(mask):
     torch.testing.assert_close(output.detach(), expected.clone())
 
 
-def test_runs_live_as_long_as_their_mask():
-    from regard.runs import _of_tensors
+@dataclass(frozen=True, eq=False, repr=False)
+class Own(Mask):
+    """A mask that equals no other, as one that holds a function does."""
 
-    before, mask = len(_of_tensors), Causal() & Padding(torch.ones(3, dtype=torch.bool))
+    offset: int
+
+    def runs(self, rows, columns, device):
+        return Causal(self.offset).runs(rows, columns, device)
+
+
+@pytest.mark.parametrize("make", [Own, lambda offset: Causal() & ~Own(offset)])
+def test_runs_of_a_mask_that_equals_no_other_live_as_long_as_it(make):
+    from regard.runs import _of_living, _of_rule
+
+    before, mask = len(_of_living), make(-2)
+    kept = _of_rule.cache_info().currsize
+    x = normal(3, 2)
+    assert attention(x, x, mask=mask).runs is attention(x, x, mask=mask).runs
+    assert len(_of_living) > before
+    del mask
+    assert len(_of_living) == before
+    assert _of_rule.cache_info().currsize - kept <= 1  # Causal()
+
+
+def test_forward_mode_is_refused_and_not_dropped():
+    query, key = normal(4, 2), normal(5, 2)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        for mask in (None, Causal(1)):
+            A = attention(dual, key, mask=mask)
+            with pytest.raises(FormError, match=r"form='dense'"):
+                A @ key
+            tangent = forward_ad.unpack_dual(A.matmul(key, form="dense")).tangent
+            assert tangent.abs().max() > 0
+
+
+def test_runs_live_as_long_as_their_mask():
+    from regard.runs import _of_living
+
+    before, mask = len(_of_living), Causal() & Padding(torch.ones(3, dtype=torch.bool))
     assert attention(normal(3, 2), normal(3, 2), mask=mask).runs is not None
-    assert len(_of_tensors) == before + 2
+    assert len(_of_living) == before + 2
     copied = copy.deepcopy(mask)
     copied.other.keep[1] = False
     assert attention(normal(3, 2), normal(3, 2), mask=copied).runs.counts().tolist() == [1, 1, 2]
     del mask, copied
-    assert len(_of_tensors) == before
+    assert len(_of_living) == before

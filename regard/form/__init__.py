@@ -40,7 +40,7 @@ def choose(matrix: Attention, name: str | None = None) -> str:
         return next(
             form
             for form, module in FORMS.items()
-            if module.needs(matrix) is None and (form != "recurrent" or recurrent.pays(matrix))
+            if module.needs(matrix) is None and pays(form, matrix)
         )
     if name not in FORMS:
         raise errors.FormError(
@@ -54,6 +54,12 @@ def choose(matrix: Attention, name: str | None = None) -> str:
             f"  forms that apply: {', '.join(applying(matrix))}"
         )
     return name
+
+
+def pays(name: str, matrix: Attention) -> bool:
+    """Whether a form that applies is worth choosing; most always are, in the order of FORMS."""
+    module = FORMS[name]
+    return not hasattr(module, "pays") or bool(module.pays(matrix))
 
 
 def applying(matrix: Attention) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from regard.form import folded, operands
 from regard.form.first_order import FirstOrder, check_transforms, once
@@ -46,6 +47,8 @@ def _needs_tensors(matrix: Attention) -> str | None:
         return f"has at most {BATCH_AXES} batch and head axes; these are {len(matrix.shape) - 2}."
     if torch._C._are_functorch_transforms_active():
         return "does not run inside torch.func transforms."
+    if forward_ad._current_level >= 0:
+        return "has no forward-mode derivatives."
     return f"does not run: {extension.missing()}" if KERNELS is None else None
 
 
@@ -86,6 +89,7 @@ def is_plain(matrix: Attention, value: object) -> bool:
         and not wants_gradient(matrix, value)
         and query.dim() - 2 <= BATCH_AXES
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and KERNELS is not None
     )
 

@@ -1,4 +1,4 @@
-"""Form `fused` as one operator, which torch.compile and torch.export keep in their graphs.
+"""Products as one operator, which torch.compile and torch.export keep in their graphs.
 
     regard::product       A x or A^T x, and the rows of A
     regard::product_grad  its gradients; the rows are not computed again
@@ -38,8 +38,15 @@ def _kinds(base: type[Part]) -> Iterator[type[Part]]:
         yield from _kinds(kind)
 
 
-# A user's own parts have no names here: in another process they might stand for something else.
-KINDS = {kind.__name__: kind for kind in _kinds(Part) if kind.__module__.startswith("regard.")}
+def _kind(name: str) -> type[Part] | None:
+    """A part of regard by name, asked when it is needed: some modules are imported later.
+
+    A user's own parts have no names: in another process they might stand for something else.
+    """
+    known = {kind.__name__: kind for kind in _kinds(Part) if kind.__module__.startswith("regard.")}
+    return known.get(name)
+
+
 TENSOR, WHOLE, REAL, TUPLE = "tensor", "whole", "real", "tuple"
 
 
@@ -86,7 +93,7 @@ def instead(factor: Factor, form: str | None) -> Callable[..., Tensor] | None:
 
 def _has_words(item: Any) -> bool:
     if isinstance(item, Part):
-        known = KINDS.get(type(item).__name__) is type(item)
+        known = _kind(type(item).__name__) is type(item)
         return known and all(_has_words(getattr(item, field.name)) for field in fields(item))  # type: ignore[arg-type]
     if isinstance(item, tuple):
         return all(map(_has_words, item))
@@ -99,18 +106,18 @@ _FIELDS = (Tensor, bool, str, int, float, torch.SymInt, torch.SymFloat)
 def product(matrix: Attention, value: Tensor, *, form: str | None = None) -> Tensor:
     """The matrix times value, as an operator."""
     errors.check_product("value", matrix.shape, value, matrix.query, errors.heads_of(matrix.key))
-    return _operator(matrix, value, transposed=False)
+    return _operator(matrix, value, form, transposed=False)
 
 
 def product_transposed(transposed: Transposed, x: Tensor, *, form: str | None = None) -> Tensor:
     """The transpose of the matrix times x, as an operator."""
     errors.check_product("x", transposed.shape, x, transposed.matrix.query, 1)
-    return _operator(transposed.matrix, x, transposed=True)
+    return _operator(transposed.matrix, x, form, transposed=True)
 
 
-def _operator(matrix: Attention, x: Tensor, *, transposed: bool) -> Tensor:
+def _operator(matrix: Attention, x: Tensor, form: str | None, *, transposed: bool) -> Tensor:
     parts = Words([], [], [], [])
-    for item in (matrix.rule, matrix.mask, matrix.dropout, matrix.given_lanes):
+    for item in (form, matrix.rule, matrix.mask, matrix.dropout, matrix.given_lanes):
         parts.add(item)
     output: Tensor = torch.ops.regard.product(
         matrix.query, matrix.key, x, parts.tensors, " ".join(parts.words), parts.whole, parts.real,
@@ -126,10 +133,11 @@ def _product(
 
     *description, transposed, trains = rest
     with torch.no_grad():
-        matrix = _matrix(query, key, tensors, *description)
+        matrix, form = _matrix(query, key, tensors, *description)
         # As without a graph: a product that is not trained shields itself.
-        if (transposed or trains) and not forms.all_finite(matrix, x):
-            output = _shielded(matrix, x, transposed)
+        shields = (transposed or trains) and not forms.all_finite(matrix, x)
+        if shields or forms.choose(matrix, form) != "fused":
+            output = _whole(matrix, x, form, transposed)
             row = Row(*_rows(matrix.shape[:-1], query))  # of no use to `product_grad`
         else:
             output, row = fused.with_rows(matrix, x, transposed=transposed)
@@ -137,13 +145,13 @@ def _product(
     return output.contiguous(), rows[0], rows[1]
 
 
-def _shielded(matrix: Attention, x: Tensor, transposed: bool) -> Tensor:
-    """The product where something is not finite."""
+def _whole(matrix: Attention, x: Tensor, form: str | None, transposed: bool) -> Tensor:
+    """The product without rows: where something is not finite, or another form is chosen."""
     from regard import form as forms
 
     if transposed:
-        return forms.product_transposed(matrix, x, "fused")
-    return forms.shielded_product(fused, matrix, x)
+        return forms.product_transposed(matrix, x, form)
+    return forms.shielded_product(forms.FORMS[forms.choose(matrix, form)], matrix, x)
 
 
 def _product_fake(
@@ -174,12 +182,12 @@ def _product_grad(
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=True)]
         query, key, x, *tensors = leaves
-        matrix = _matrix(query, key, tensors, *description)
-        if forms.all_finite(matrix, x):
+        matrix, form = _matrix(query, key, tensors, *description)
+        if forms.all_finite(matrix, x) and forms.choose(matrix, form) == "fused":
             known = Row(peak, total)
             output = fused.with_rows(matrix, x, transposed=transposed, known=known)[0]
         else:
-            output = _shielded(matrix, x, transposed)
+            output = _whole(matrix, x, form, transposed)
     learned = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(output, learned, above, materialize_grads=True)
     return [gradient.contiguous() for gradient in found]
@@ -223,15 +231,15 @@ def _backward(ctx: Any, above: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 def _matrix(
     query: Tensor, key: Tensor, tensors: Sequence[Tensor], words: str, *numbers: Sequence[float]
-) -> Attention:
+) -> tuple[Attention, str | None]:
     from regard.matrix import Attention
 
-    rule, mask, dropout, lanes = (
+    form, rule, mask, dropout, lanes = (
         _read(tensors, words, *numbers)
         if tensors
         else _read_once(words, *map(tuple, numbers))  # the same parts, so the same runs of masks
     )
-    return Attention(query, key, rule, mask, dropout, lanes)
+    return Attention(query, key, rule, mask, dropout, lanes), form
 
 
 def _read(tensors: Sequence[Tensor], words: str, *numbers: Sequence[float]) -> list[Any]:
@@ -245,11 +253,19 @@ def _read(tensors: Sequence[Tensor], words: str, *numbers: Sequence[float]) -> l
     def item(word: str) -> Any:
         if word in sources:
             return next(sources[word])
-        if word in KINDS:
-            return KINDS[word](*[item(next(left)) for _ in fields(KINDS[word])])  # type: ignore[arg-type]
         if word.startswith(TUPLE):
             return tuple(item(next(left)) for _ in range(int(word.partition(":")[2])))
-        return _CONSTANTS.get(word, word.strip("'"))
+        if word in _CONSTANTS:
+            return _CONSTANTS[word]
+        if word.startswith("'"):
+            return word.strip("'")
+        kind = _kind(word)
+        if kind is None:
+            raise errors.FormError(
+                f"this graph was made with a part {word}, which is not loaded; import the module "
+                "of regard that has it, such as regard.hf, before the graph runs."
+            )
+        return kind(*[item(next(left)) for _ in fields(kind)])  # type: ignore[arg-type]
 
     return [item(word) for word in left]
 

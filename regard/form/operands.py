@@ -42,7 +42,14 @@ def needs(matrix: Attention) -> str | None:
     return None if matrix.position is None else _needs_biases(matrix)
 
 
+def _is_simple(part: Position) -> bool:
+    """Whether a part adds nothing to scores, or what the kernels read as it is."""
+    return type(part).on_score is Position.on_score or isinstance(part, Toeplitz)
+
+
 def _needs_biases(matrix: Attention) -> str | None:
+    if all(map(_is_simple, terms(matrix.position))):
+        return None
     biases = Biases.of(matrix, *_no_rows(matrix))
     if biases.others:
         return f"has no kernel for the position {biases.others[0]}."

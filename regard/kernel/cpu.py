@@ -98,8 +98,8 @@ def attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def attend_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale query key^T) value in one call, without what a small matrix need not pay for.
 
-    All three have the same axes before the last two (key and value may have fewer heads), the same
-    dtype, and vectors that lie in one piece.
+    All three have the same axes before the last two, the same dtype, and vectors that lie in one
+    piece.
     """
     if value.shape == query.shape:  # a microsecond less
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
