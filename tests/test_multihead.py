@@ -140,16 +140,25 @@ def test_weights_are_a_tensor_the_matrix_or_nothing():
         ours(*x, need_weights="all")
 
 
-def test_is_causal_is_the_mask_and_reads_no_other():
+def test_is_causal_is_a_mask_beside_the_other():
+    """Torch takes it for a hint, and reads attn_mask or not depending on the other arguments."""
     ours, theirs = pair(batch_first=True)
     x = torch.randn(N, L, E, dtype=torch.float64)
     causal = torch.ones(L, L, dtype=torch.bool).triu(1)
-    wanted, weights = theirs(x, x, x, attn_mask=causal, is_causal=True)
-    for arguments in ({}, {"attn_mask": causal}):
+    window = causal | torch.ones(L, L, dtype=torch.bool).tril(-3)
+    for ignored, arguments in (
+        (causal, {}),
+        (causal, {"attn_mask": causal}),
+        (causal, {"attn_mask": nn.Transformer.generate_square_subsequent_mask(L)}),
+        (window, {"attn_mask": window}),
+    ):
+        wanted, weights = theirs(x, x, x, attn_mask=ignored)
         output, found = ours(x, x, x, is_causal=True, **arguments)
         same(output, wanted)
         same(found, weights)
-    assert "Causal()" in repr(ours(x, is_causal=True, need_weights="lazy")[1])
+        alone = repr(ours(x, is_causal=True, need_weights="lazy", **arguments)[1])
+        assert "Causal()" in alone
+        assert ("Dense" in alone) is (ignored is window)
 
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
@@ -285,7 +294,11 @@ def test_an_encoder_in_evaluation_calls_the_layer():
 def test_from_torch_shares_parameters_mode_and_hooks():
     theirs = nn.MultiheadAttention(E, H, add_bias_kv=True).eval()
     seen = []
-    theirs.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    handle = theirs.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    theirs.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True
+    )
+    theirs.register_full_backward_hook(lambda module, above, below: seen.append("backward"))
     ours = from_torch(theirs, score=Additive.of(H, E // H))
     shared = dict(ours.named_parameters())
     assert shared.pop("score.weight").requires_grad
@@ -293,8 +306,12 @@ def test_from_torch_shares_parameters_mode_and_hooks():
         assert shared.pop(name) is parameter
     assert not shared
     assert not ours.training
-    ours(torch.randn(3, 2, E))
-    assert seen == [MultiHeadAttention]
+    x = torch.randn(3, 2, E, requires_grad=True)
+    ours(x, need_weights=False)[0].sum().backward()
+    assert seen == [["need_weights"], MultiHeadAttention, "backward"]
+    handle.remove()
+    ours(x)
+    assert seen[3:] == [[]]
 
 
 def test_swap_keeps_shared_layers_shared_and_says_what_it_cannot_do():

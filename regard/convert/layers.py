@@ -10,7 +10,6 @@ from regard.normalizer import Normalizer, Softmax
 from regard.position import Position
 from regard.score import Dot, Score
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def from_torch(
@@ -50,8 +49,9 @@ def from_torch(
     for name, parameter in layer.named_parameters(recurse=False):
         setattr(ours, name, parameter)
     ours.out_proj = layer.out_proj
-    for name in HOOKS:
-        getattr(ours, name).update(getattr(layer, name))
+    for name, hooks in vars(layer).items():
+        if "hook" in name:  # torch's own dictionaries and flags, so that handles stay good
+            setattr(ours, name, hooks)
     return ours.train(layer.training)
 
 

@@ -29,7 +29,7 @@ class MultiHeadAttention(Heads):
     Constructor, forward arguments, `state_dict`, initial values and, with the default parts,
     results are torch's; `regard.convert.swap(model)` puts it into a model that exists. It differs
     where torch's layer has traps: a row that may attend to nothing gives zeros (not NaN),
-    `is_causal=True` needs no `attn_mask` beside it, `nn.TransformerEncoderLayer` calls it in
+    `is_causal=True` is a mask of its own and no hint about `attn_mask`, `nn.TransformerEncoderLayer` calls it in
     evaluation too, and the weights need not be stored to be looked at: `need_weights="lazy"`.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2.
 
@@ -126,7 +126,7 @@ class MultiHeadAttention(Heads):
             the matrix of all heads, which stores none; False for None
         attn_mask: [n, m] or [batch * heads, n, m]; bool, **True = ignored**, or float, added
         average_attn_weights: the mean over heads, [batch, n, m]; else [batch, heads, n, m]
-        is_causal: key j is ignored by query i < j. With it, attn_mask is taken to say the same
+        is_causal: key j is ignored by query i < j, whatever attn_mask says besides
         mask: as in `regard.attention`, **True = may attend**, of all keys with those added
         Raises ShapeError, DtypeError, ValueError where these do not fit together.
         """
@@ -207,12 +207,14 @@ def _translate(
         keep, bias = _meaning(key_padding_mask, added)
         masks += [] if keep is None else [Padding(keep)]
         biases += [] if bias is None else [bias[..., None, None, :]]
-    if attn_mask is not None and not is_causal:
+    if attn_mask is not None:
         shapes = [(rows, columns), (math.prod(batch) * heads, rows, columns)]
         _check("attn_mask", attn_mask, shapes)
         if attn_mask.dim() > 2:
             attn_mask = attn_mask.reshape(*batch, heads, rows, columns)
         keep, bias = _meaning(attn_mask, added)
+        if is_causal and keep is not None and _is_triangle(keep[..., :columns]):
+            keep = None  # as nn.TransformerEncoder gives both: the rule alone skips tiles
         masks += [] if keep is None else [Dense(keep)]
         biases += [] if bias is None else [bias]
     return masks, Bias(sum(biases[1:], biases[0])) if biases else None
@@ -246,6 +248,13 @@ def _meaning(mask: Tensor, added: int) -> tuple[Tensor | None, Tensor | None]:
         if bool((keep | (mask == -torch.inf)).all()):
             return F.pad(keep, (0, added), value=True), None
     return None, F.pad(mask, (0, added))
+
+
+def _is_triangle(keep: Tensor) -> bool:
+    """Whether a mask is the causal one; a graph cannot ask."""
+    if torch.compiler.is_compiling() or keep.dim() > 2:
+        return False
+    return torch.equal(keep, torch.ones_like(keep).tril())
 
 
 def _weights(matrix: Attention, wanted: bool | str, average: bool) -> Tensor | Attention | None:
