@@ -11,7 +11,6 @@ from regard.position import Position
 from regard.score import Dot, Score
 
 
-
 def from_torch(
     layer: nn.MultiheadAttention,
     *,

@@ -29,8 +29,9 @@ class MultiHeadAttention(Heads):
     Constructor, forward arguments, `state_dict`, initial values and, with the default parts,
     results are torch's; `regard.convert.swap(model)` puts it into a model that exists. It differs
     where torch's layer has traps: a row that may attend to nothing gives zeros (not NaN),
-    `is_causal=True` is a mask of its own and no hint about `attn_mask`, `nn.TransformerEncoderLayer` calls it in
-    evaluation too, and the weights need not be stored to be looked at: `need_weights="lazy"`.
+    `is_causal=True` is a mask of its own and no hint about `attn_mask`,
+    `nn.TransformerEncoderLayer` calls it in evaluation too, and the weights need not be stored to
+    be looked at: `need_weights="lazy"`.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2.
 
     embed_dim: channels of the query and the output; kdim, vdim: of key and value, default the same
