@@ -27,7 +27,7 @@ from regard import (
 )
 from regard.grid import Grid
 from regard.neighborhood import Neighborhood
-from regard.position import Gaussian
+from regard.position import Gaussian, Shaw, TransformerXL
 
 LEFT = 256
 """Neighbours to the left in a window; with the token itself it shows 257 keys."""
@@ -247,6 +247,25 @@ def slopes(shape: Shape) -> Tensors:
     return {"slopes": Alibi.of(shape.heads).slopes}
 
 
+BAND = 129
+"""Relative positions that Shaw's table tells apart: the token itself and 128 before it."""
+
+
+def band(shape: Shape) -> Tensors:
+    """Shaw's table, one for each head."""
+    return {"band": torch.randn(shape.heads, BAND, shape.width)}
+
+
+def waves(shape: Shape) -> Tensors:
+    """What Transformer-XL learns: the map of its sinusoids, and its u and v."""
+    heads, width = shape.heads, shape.width
+    return {
+        "wave": torch.randn(heads, width, width) * width**-0.5,
+        "u": torch.randn(heads, width),
+        "v": torch.randn(heads, width),
+    }
+
+
 def documents(shape: Shape) -> Tensors:
     """The document of each token."""
     return {"documents": torch.arange(len(DOCUMENTS)).repeat_interleave(torch.tensor(DOCUMENTS))}
@@ -269,6 +288,13 @@ PRICED: dict[str, Problem] = {
     "plain": PLAIN,
     "ALiBi": with_part(slopes, position=lambda t: Alibi(t["slopes"])),
     "dense bias": replace(with_part(bias, position=lambda t: Bias(t["bias"])), learned=("bias",)),
+    "Shaw": replace(
+        with_part(band, position=lambda t: Shaw(t["band"], BAND - 1)), learned=("band",)
+    ),
+    "Transformer-XL": replace(
+        with_part(waves, position=lambda t: TransformerXL(t["wave"], t["u"], t["v"])),
+        learned=("wave", "u", "v"),
+    ),
     "documents": with_part(documents, mask=lambda t: Causal() & Documents(t["documents"])),
     f"window {LEFT}": replace(PLAIN, parts=windowed),
     "sinks": replace(
