@@ -82,7 +82,7 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
         pairs_in_all=pairs_in_all,
         flops=flops,
         bytes=(inputs + lanes * n * out) * size,
-        memory=memory,
+        memory=_memory(matrix, name, value, memory),
         tile=tile,
         not_chosen={
             other: module.needs(matrix) or _dearer(matrix, other)
@@ -92,9 +92,19 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
     )
 
 
+def _memory(matrix: Attention, name: str, value: Tensor | None, of_kernel: int) -> int:
+    """Of this value, where the form knows; else what its kernel says."""
+    module = form.FORMS[name]
+    if not hasattr(module, "memory"):
+        return of_kernel
+    return int(module.memory(matrix, matrix.key if value is None else value))
+
+
 def _dearer(matrix: Attention, name: str) -> str:
     stored = _scaled(matrix.shape.numel() * matrix.query.element_size(), 1024, "B")
-    return f"it applies, but would store {stored} of weights" if name == "dense" else "it is slower"
+    if name == "dense":
+        return f"it applies, but would store {stored} of weights"
+    return "it applies, but is slower" + (" or less exact" if name == "convolutional" else "")
 
 
 def _scaled(number: int, base: int, unit: str) -> str:

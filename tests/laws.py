@@ -366,3 +366,16 @@ def condition(matrix: Attention) -> float:
     logits = torch.where(logits == -torch.inf, 0, logits)
     total, size = logits.sum(-1) + matrix.normalizer.eps, logits.abs().sum(-1)
     return float((size / total.abs()).max().clamp(min=1)) if size.numel() else 1.0
+
+
+def assert_within_dense(
+    exact: tuple[Attention, Tensor], low: tuple[Attention, Tensor], form: str, dtype: torch.dtype
+) -> None:
+    """Output and gradients, measured in roundings of the norm of what they are sums of."""
+    eps = torch.finfo(dtype).eps
+    reference, terms = results(*exact, "dense"), contributions(*exact)
+    found, dense = (results(*low, name) for name in (form, "dense"))
+    for name, right in reference.items():
+        scale = eps * float(terms.get(name, right).norm()) or 1.0
+        error, allowed = (float((x[name] - right).norm()) / scale for x in (found, dense))
+        assert error <= 2 * allowed + 1, f"{name}: {error:.2f} roundings, dense {allowed:.2f}"

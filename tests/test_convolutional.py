@@ -1,5 +1,6 @@
 """The form `convolutional` gives the numbers of `dense`, and says what it cannot compute."""
 
+import pickle
 from dataclasses import dataclass
 
 import laws
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import NORMALIZERS, Draw, Sizes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard import (
     Alibi,
@@ -17,11 +19,13 @@ from regard import (
     Dropout,
     FormError,
     PositionOnly,
+    ShapeError,
     Sigmoid,
     Window,
     attention,
 )
-from regard.form import convolutional, spectral
+from regard.convert import from_conv
+from regard.form import convolutional, fused, support
 from regard.grid import Grid
 from regard.neighborhood import Neighborhood
 from regard.position import T5, Field, Gaussian, Kerple, Relative, Shift
@@ -216,16 +220,109 @@ def test_what_is_no_convolution_is_refused_and_runs_elsewhere(name):
 
 
 def test_it_is_chosen_and_says_what_it_runs():
-    tokens = torch.zeros(2, 48, 5)
-    near = Neighborhood((6, 8), 3)
-    matrix = attention(tokens, tokens, score=PositionOnly(), mask=near)
+    tokens, grid = torch.zeros(2, 48, 5), Grid((6, 8))
+    near, spot = Neighborhood((6, 8), 3), Gaussian(torch.zeros(2, 2), torch.ones(2), grid)
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=spot, mask=near)
     found = matrix.explain()
     assert found.form == "convolutional"
     assert "9 taps, and 24 rows at borders" in found.kernel
     assert found.pairs == 2 * 48 * 9
-    shift = Shift(torch.tensor([[0, 1], [1, 0]]), Grid((6, 8)))
+    shift = Shift(torch.tensor([[0, 1], [1, 0]]), grid)
     matrix = attention(tokens, tokens, score=PositionOnly(), position=shift)
     assert "a read of one key" in matrix.explain().kernel
+
+
+def test_it_is_not_chosen_where_compiled_tiles_know_all_parts(monkeypatch):
+    tokens = torch.zeros(2, 48, 5)
+    matrix = attention(tokens, tokens, score=PositionOnly(), mask=Neighborhood((6, 8), 3))
+    monkeypatch.setattr(fused, "needs", lambda matrix: None)
+    assert not convolutional.pays(matrix)
+    assert matrix.explain().form == "fused"
+    assert "less exact" in matrix.explain().not_chosen["convolutional"]
+    monkeypatch.setattr(fused, "needs", lambda matrix: "has no kernels here.")
+    assert convolutional.pays(matrix)
+    assert matrix.explain().form == "convolutional"
+
+
+LEADS = [(), (1,), (3,), (2, 1), (2, 3), (1, 3)]
+
+
+@pytest.mark.parametrize("lead", LEADS, ids=str)
+@pytest.mark.parametrize("kind", ["shift", "field"])
+def test_every_mix_of_batch_and_head_axes(kind, lead):
+    """Of offsets or tables, of queries, and of values; values of one batch entry and of none."""
+    grid, draw, tried = Grid((4, 5)), Draw(0, torch.float64), 0
+    if kind == "shift":
+        position = Shift(draw.integers(5, *lead, 2) - 2, grid)
+    else:
+        position = Field(draw.normal(*lead, 3, 3), grid)
+    for of_query in LEADS:
+        query, key = draw.normal(*of_query, 20, 1), draw.normal(20, 1)
+        try:
+            matrix = attention(query, key, score=PositionOnly(), position=position)
+        except ShapeError:
+            continue
+        for of_value in [*LEADS, (3, 1), (0, 1)]:
+            value = draw.normal(*of_value, 20, 2)
+            try:
+                wanted = laws.results(matrix, value, "dense")
+            except ShapeError:
+                continue
+            assert_rounding(laws.results(matrix, value, "convolutional"), wanted)
+            x = draw.normal(*wanted["output"].shape)
+            found, right = (matrix.mT.matmul(x, form=f) for f in ("convolutional", "dense"))
+            assert_rounding({"": found}, {"": right})
+            assert found.shape == right.shape
+            tried += 1
+    assert tried >= 6
+
+
+@pytest.mark.parametrize("parts", ["field + gaussian", "gaussian, cut box", "causal window"])
+def test_border_rows_some_at_a_time_equal_dense(parts, monkeypatch):
+    monkeypatch.setattr(convolutional, "BLOCK", 1000)
+    grid = "line" if parts == "causal window" else "image"
+    matrix, value = build(parts, grid, "softmax", 4)
+    got, wanted = (laws.results(matrix, value, form) for form in ("convolutional", "dense"))
+    assert_rounding(got, wanted)
+    x = Draw(1, torch.float64).normal(2, 2, matrix.shape[-2], 3)
+    found, right = (matrix.mT.matmul(x, form=form) for form in ("convolutional", "dense"))
+    assert_rounding({"": found}, {"": right})
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.found = max(self.found, made.numel() * made.element_size())
+        return made
+
+
+def test_wide_windows_cost_no_matrix_and_explain_says_what_they_cost():
+    """Half of 4096 keys each: 4 million taps of border rows, 8 million weights."""
+    n, e = 4096, 2
+    tokens, value = torch.zeros(2, n, 1), torch.ones(2, n, e)
+    slopes, mask = torch.tensor([0.5, 0.01]), Window(n // 2 - 1, 0)
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=Alibi(slopes), mask=mask)
+    with Largest() as largest:
+        output = matrix.matmul(value, form="convolutional")
+    assert (output - 1).abs().max() < 1e-5
+    said = convolutional.memory(matrix, value)
+    assert largest.found <= said <= convolutional.BLOCK + 4 * 3 * 2 * n * e
+    layer = from_conv(torch.nn.Conv2d(1, 1, 3), heads="min")  # its keys have no width
+    assert layer.matrix(9).explain(torch.zeros(3, 1, 81, 8)).memory >= 4 * 3 * 8 * 81
+
+
+def test_support_is_looked_for_once(monkeypatch):
+    calls, find = [], support._find
+    monkeypatch.setattr(support, "_find", lambda matrix: calls.append(1) or find(matrix))
+    matrix, value = build("field + gaussian", "image", "softmax", 1)
+    wanted = matrix @ value
+    assert len(calls) == 1
+    assert torch.equal(pickle.loads(pickle.dumps(matrix.detach())) @ value, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -235,18 +332,7 @@ def test_low_precision_error_is_at_most_twice_that_of_dense(parts, dtype):
     exact, low = (build(parts, "image", "softmax", 3, kind) for kind in (torch.float64, dtype))
     for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
         high.data.copy_(rounded)
-    assert_within_dense(exact, low, dtype)
-
-
-def assert_within_dense(exact, low, dtype):
-    """Output and gradients, measured in roundings of the norm of what they are sums of."""
-    eps = torch.finfo(dtype).eps
-    reference, terms = laws.results(*exact, "dense"), laws.contributions(*exact)
-    form, dense = (laws.results(*low, name) for name in ("convolutional", "dense"))
-    for name, right in reference.items():
-        scale = eps * float(terms.get(name, right).norm()) or 1.0
-        error, allowed = (float((x[name] - right).norm()) / scale for x in (form, dense))
-        assert error <= 2 * allowed + 1, f"{name}: {error:.2f} roundings, dense {allowed:.2f}"
+    laws.assert_within_dense(exact, low, "convolutional", dtype)
 
 
 def test_autocast_changes_no_sum():
@@ -287,75 +373,3 @@ def test_a_large_field_stores_nothing_of_the_size_of_the_matrix(monkeypatch):
     matrix = attention(tokens, tokens, score=PositionOnly(), position=spot)
     assert ((matrix @ value) - 1).abs().max() < 1e-5  # rows sum to 1
     assert 0 < largest <= 3 * grid.rows
-
-
-# Long rows, by Fourier transforms
-
-
-LONG = {
-    "alibi, causal": (Grid(61), lambda d, g: Alibi(d.positive(2)), Causal()),
-    "alibi, not causal": (Grid(61), lambda d, g: Alibi(d.positive(2), offset=3), None),
-    "few see": (Grid(50, 33), lambda d, g: T5(d.normal(2, 8), max_distance=9), Causal(7)),
-    "one side": (Grid(61), lambda d, g: Kerple(d.positive(2), d.positive(2)), Window(None, 4)),
-    "image": (Grid((7, 9)), lambda d, g: Gaussian(d.normal(2, 2), d.positive(2), g), None),
-    "strided image": (
-        Grid((7, 9), (3, 4), (3, 2), (1, -1)),
-        lambda d, g: Gaussian(d.normal(2, 2), d.positive(2, 2, 2), g),
-        None,
-    ),
-    "volume": (Grid((3, 4, 5)), lambda d, g: Gaussian(d.normal(2, 3), d.positive(2), g), None),
-    "no position": (Grid(20), lambda d, g: None, None),
-}
-
-
-def build_long(name, dtype, seed=2):
-    grid, part, mask = LONG[name]
-    draw = Draw(seed, dtype)
-    query, key = draw.normal(1, 2, grid.rows, 1), draw.normal(2, 1, grid.columns, 1)
-    more = {"score": PositionOnly(), "position": part(draw, grid), "mask": mask}
-    return attention(query, key, **more), draw.normal(2, 1, grid.columns, 3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LONG)
-def test_long_rows_err_at_most_twice_as_much_as_dense(name, dtype, monkeypatch):
-    monkeypatch.setattr(spectral, "LEAST", 1)
-    exact, low = build_long(name, torch.float64), build_long(name, dtype)
-    for high, rounded in zip(laws.inputs(*exact), laws.inputs(*low), strict=True):
-        high.data.copy_(rounded)
-    assert_within_dense(exact, low, dtype)
-    x = Draw(5, dtype).normal(2, 2, low[0].shape[-2], 2)
-    reference = exact[0].mT.matmul(x.double(), form="dense").detach()
-    form, dense = (low[0].mT.matmul(x, form=f).detach() for f in ("convolutional", "dense"))
-    scale = torch.finfo(dtype).eps * float(reference.norm())
-    error, allowed = (float((y - reference).norm()) / scale for y in (form, dense))
-    assert error <= 2 * allowed + 1
-
-
-def test_long_rows_are_chosen_and_cost_no_matrix():
-    """16 384 keys: transforms of 2^15 numbers, where a matrix would have 2^28."""
-    tokens, value = torch.zeros(2, 2**14, 1), torch.ones(2, 2**14, 2)
-    slopes = torch.tensor([0.5, 0.01])
-    matrix = attention(tokens, tokens, score=PositionOnly(), position=Alibi(slopes), mask=Causal())
-    assert "Fourier" in matrix.explain().kernel
-    assert ((matrix @ value) - 1).abs().max() < 1e-5
-    weights = matrix[:, 5000, 4990:5001]
-    steps = torch.zeros(2, 2**14, 1)
-    steps[:, 4990:5001, 0] = torch.arange(11.0)
-    found = (matrix @ steps)[:, 5000, 0]
-    torch.testing.assert_close(found, weights @ torch.arange(11.0))
-
-
-@pytest.mark.parametrize(
-    ("position", "mask"),
-    [
-        (Gaussian.of(torch.tensor([[0.0, -3.0]]), Grid((8, 8)), alpha=46.0), None),
-        (Alibi(torch.tensor([0.5])), Causal(offset=-3)),  # its first rows see nothing
-    ],
-)
-def test_long_rows_that_a_transform_would_lose_are_refused(position, mask, monkeypatch):
-    monkeypatch.setattr(spectral, "LEAST", 1)
-    tokens = torch.zeros(1, 64, 1)
-    matrix = attention(tokens, tokens, score=PositionOnly(), position=position, mask=mask)
-    assert "some row sees next to nothing" in convolutional.needs(matrix)
-    assert matrix.explain().form != "convolutional"

@@ -4,15 +4,17 @@ output_i = sum_tau w_tau value_{i + tau} / sum_tau w_tau,  w = exp(bias)
 
 (another normalizer takes softmax's place). Rows whose taps are all within the grid have the same
 weights and are one convolution; each row at a border has its own. A `Shift` is a read of one key.
-Rows that see all keys go through Fourier transforms (regard/form/spectral.py).
+Rows that see all keys go through Fourier transforms (regard/form/spectral.py), by name alone, since
+their error is relative to the largest value of all keys, also of those that a row does not see.
 reference  regard/form/dense.py::product
 work       2 taps n e flops, forward
-memory     inputs and outputs, and border rows x taps x e
+memory     `memory`; a backward pass keeps the weights of border rows, and what they read
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard import grouped
-from regard.form import spectral, support
+from regard import errors, grouped
+from regard.form import fused, spectral, support
 from regard.form.spectral import Long
 from regard.form.support import Support
 from regard.form.tiles import compute_dtype
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+BLOCK = 2**24
+"""Bytes of a block of border rows."""
 
 
 def needs(matrix: Attention) -> str | None:
@@ -48,20 +54,65 @@ def needs(matrix: Attention) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def pays(matrix: Attention) -> bool:
+    """Whether nothing else that applies is faster or more exact.
+
+    A Fourier transform rounds to the largest value of all keys, so that one of 1e14 would show in
+    rows that may not see it. Where the compiled tiles know all parts they are as fast.
+    """
+    if type(matrix.score) is not PositionOnly:
+        return False
+    found = support.find(matrix)
+    if isinstance(found, Support):
+        return fused.needs(matrix) is not None
+    return isinstance(found, Shift)
+
+
 def kernel(matrix: Attention) -> tuple[str, int, int]:
     """What `explain` says: the code that runs, bytes beyond inputs and outputs, side of a tile."""
-    found, size = support.find(matrix), compute_dtype(matrix.dtype).itemsize
-    rows = matrix.shape[:-1].numel()
+    found, bytes_beyond = support.find(matrix), memory(matrix, matrix.key)
     if isinstance(found, Shift):
-        return "a read of one key for each row", rows * 8, 1
+        return "a read of one key for each row", bytes_beyond, 1
     if isinstance(found, Long):
-        numbers = matrix.shape[:-2].numel() * (matrix.shape[-1] + 1) * matrix.key.shape[-1]
-        return "Fourier transforms in float64", 16 * 8 * numbers, 1
+        return "Fourier transforms in float64", bytes_beyond, 1
     assert isinstance(found, Support)
     border = found.grid.rows - math.prod(map(len, found.inner()))
-    lanes = matrix.shape[:-2].numel()
-    numbers = lanes * border * found.count * (1 + matrix.key.shape[-1])
-    return f"convolution with {found.count} taps, and {border} rows at borders", numbers * size, 1
+    name = f"convolution with {found.count} taps, and {border} rows at borders"
+    return name, bytes_beyond, 1
+
+
+def memory(matrix: Attention, value: Tensor) -> int:
+    """Bytes of a forward product beyond inputs and outputs, and what torch's convolution takes."""
+    found, size = support.find(matrix), compute_dtype(matrix.dtype).itemsize
+    lanes, (n, m), e = _lanes(matrix, value), matrix.shape[-2:], value.shape[-1]
+    if isinstance(found, Shift):  # a key, whether there is one, a weight; what is read, times it
+        return matrix.shape[:-1].numel() * (9 + size) + 2 * lanes * n * e * size
+    if isinstance(found, Long):  # values and weights, their transforms, twice as long as the grid
+        return 8 * 8 * lanes * (m + 1) * (e + 1)
+    assert isinstance(found, Support)
+    border = found.grid.rows - math.prod(map(len, found.inner()))
+    block = min(border, _block_rows(matrix, found, value)) * _row_bytes(matrix, found, value)
+    # What the convolution reads and gives, in an order of its own, and all rows before they are
+    # put in order.
+    return block + size * lanes * e * (m + 2 * n)
+
+
+def _lanes(matrix: Attention, value: Tensor) -> int:
+    """How many matrices are multiplied."""
+    batch = torch.broadcast_shapes(value.shape[:-3], matrix.shape[:-3])
+    heads = matrix.shape[-3] if len(matrix.shape) > 2 else 1
+    return int(math.prod(batch)) * max(heads, errors.heads_of(value))
+
+
+def _row_bytes(matrix: Attention, found: Support, value: Tensor) -> int:
+    """Of a border row: places of its taps, logits and weights, the vectors or the row they make."""
+    taps, size = found.count, compute_dtype(matrix.dtype).itemsize
+    wide = _lanes(matrix, value) * min(taps * value.shape[-1], found.grid.columns)
+    return 8 * (found.grid.axes + 3) * taps + size * (2 * taps * matrix.shape[:-2].numel() + wide)
+
+
+def _block_rows(matrix: Attention, found: Support, value: Tensor) -> int:
+    return max(BLOCK // max(_row_bytes(matrix, found, value), 1), 1)
 
 
 def product(matrix: Attention, value: Tensor) -> Tensor:
@@ -86,7 +137,7 @@ def _product(matrix: Attention, value: Tensor) -> Tensor:
         return spectral.product(found, wide).expand(*batch, -1, -1).to(value.dtype)
     assert isinstance(found, Support)
     split = Split.of(matrix, found, dtype)
-    pieces = [split.inner_product(wide), split.border_product(wide)]
+    pieces = [split.inner_product(wide), *split.border_product(wide)]
     both = torch.cat([piece.expand(*batch, -1, -1) for piece in pieces], -2)
     return both[..., split.order.argsort(), :].to(value.dtype)
 
@@ -103,7 +154,9 @@ def _product_transposed(matrix: Attention, x: Tensor) -> Tensor:
     ordered = wide[..., split.order, :]
     inside = len(split.order) - len(split.rows)
     inner, border = ordered[..., :inside, :], ordered[..., inside:, :]
-    output = split.inner_transposed(inner) + split.border_transposed(border)
+    output = split.inner_transposed(inner)
+    for each in split.border_transposed(border):
+        output = output + each
     return output.expand(*batch, -1, -1).to(x.dtype)
 
 
@@ -112,62 +165,59 @@ class Split:
     """A matrix as one convolution inside and single rows at the border.
 
     weights: of all inner rows, [*batch, heads, 1, taps]
-    rows, keys, of_rows: border rows [r], their keys [r, taps], weights [*batch, heads, r, taps]
+    rows: at the border, [r]
     order: inner rows, then border rows
     """
 
+    matrix: Attention
     support: Support
     inner: list[range]
     weights: Tensor
     rows: Tensor
-    keys: Tensor
-    of_rows: Tensor
     order: Tensor
 
     @staticmethod
     def of(matrix: Attention, found: Support, dtype: torch.dtype) -> Split:
-        """Split a matrix, and compute its weights."""
-        grid, inner, like = found.grid, found.inner(), matrix.query.new_zeros(0, dtype=dtype)
+        """Split a matrix, and compute its weights inside."""
+        grid, inner = found.grid, found.inner()
         every = torch.arange(grid.rows, device=matrix.device)
         image: Tensor = every.unflatten(0, grid.queries)
         inside = image[tuple(slice(r.start, r.stop) for r in inner)].flatten()
         outside = torch.ones(grid.rows, dtype=torch.bool, device=matrix.device)
         outside[inside] = False
         rows = outside.nonzero()[:, 0]
-        some_row = torch.cat([inside[:1], rows])  # an inner row stands for all
-        keys, there = found.keys(some_row)
-        logits = found.logits(some_row[:, None], keys, like).masked_fill(~there, -torch.inf)
-        heads = torch.broadcast_shapes(logits.shape[:-2], (1,) * (len(matrix.shape) - 2))
-        weights = matrix.rule.normalizer.whole(logits.expand(*heads, *keys.shape))
-        ones = min(len(inside), 1)
-        return Split(
-            found, inner, weights[..., :ones, :], rows, keys[ones:], weights[..., ones:, :],
-            torch.cat([inside, rows]),
-        )  # fmt: skip
+        _, weights = _of_rows(matrix, found, inside[:1], dtype)  # an inner row stands for all
+        return Split(matrix, found, inner, weights, rows, torch.cat([inside, rows]))
 
-    def border_product(self, value: Tensor) -> Tensor:
-        """Rows of the border: [*batch, heads, r, e]."""
-        if self._spread(value):
-            return self._matrix(value.shape[-2]) @ value
-        of_rows: Tensor = value[..., self.keys.flatten(), :].unflatten(-2, self.keys.shape)
-        return (self.of_rows[..., None, :] @ of_rows)[..., 0, :]
+    def border_product(self, value: Tensor) -> Iterator[Tensor]:
+        """Rows of the border, some at a time: [*batch, heads, r, e]."""
+        for rows in self.rows.split(_block_rows(self.matrix, self.support, value)):
+            keys, weights = _of_rows(self.matrix, self.support, rows, value.dtype)
+            if self._spread(value):
+                yield self._matrix(keys, weights) @ value
+            else:
+                of_rows: Tensor = value[..., keys.flatten(), :].unflatten(-2, keys.shape)
+                yield (weights[..., None, :] @ of_rows)[..., 0, :]
 
-    def border_transposed(self, x: Tensor) -> Tensor:
-        """Rows of the border, transposed, times x [*batch, heads, r, e]."""
-        columns = self.support.grid.columns
-        if self._spread(x):
-            return self._matrix(columns).mT @ x
-        terms = (self.of_rows[..., None] * x[..., None, :]).flatten(-3, -2)
-        zeros = terms.new_zeros(*terms.shape[:-2], columns, terms.shape[-1])
-        return zeros.index_add(-2, self.keys.flatten(), terms)
+    def border_transposed(self, x: Tensor) -> Iterator[Tensor]:
+        """Rows of the border, transposed, times x [*batch, heads, r, e], some at a time."""
+        columns, block = self.support.grid.columns, _block_rows(self.matrix, self.support, x)
+        for rows, some in zip(self.rows.split(block), x.split(block, -2), strict=True):
+            keys, weights = _of_rows(self.matrix, self.support, rows, x.dtype)
+            if self._spread(x):
+                yield self._matrix(keys, weights).mT @ some
+            else:
+                terms = (weights[..., None] * some[..., None, :]).flatten(-3, -2)
+                zeros = terms.new_zeros(*terms.shape[:-2], columns, terms.shape[-1])
+                yield zeros.index_add(-2, keys.flatten(), terms)
 
     def _spread(self, x: Tensor) -> bool:
         """Whether whole rows are fewer numbers than the vectors of all taps."""
         return self.support.grid.columns < self.support.count * x.shape[-1]
 
-    def _matrix(self, columns: int) -> Tensor:
-        zeros = self.of_rows.new_zeros(*self.of_rows.shape[:-1], columns)
-        return zeros.scatter_add(-1, self.keys.expand_as(self.of_rows), self.of_rows)
+    def _matrix(self, keys: Tensor, weights: Tensor) -> Tensor:
+        zeros = weights.new_zeros(*weights.shape[:-1], self.support.grid.columns)
+        return zeros.scatter_add(-1, keys.expand_as(weights), weights)
 
     def inner_product(self, value: Tensor) -> Tensor:
         """Rows inside, as a convolution: [*batch, heads, rows, e]."""
@@ -231,6 +281,7 @@ class Lanes:
     the channels e of value, are N.
 
     lanes, others: places of the axes, of `sizes` of the image and `filters` of the weights
+    width: channels e of value
     """
 
     lanes: tuple[int, ...]
@@ -238,6 +289,7 @@ class Lanes:
     image: tuple[int, ...]
     weights: tuple[int, ...]
     axes: int
+    width: int
 
     @staticmethod
     def of(weights: Tensor, image: Tensor, axes: int) -> Lanes:
@@ -246,7 +298,8 @@ class Lanes:
         count = max(map(len, given))
         one, other = ((1,) * (count - len(each)) + each for each in given)
         lanes = tuple(a for a in range(count) if other[a] > 1)
-        return Lanes(lanes, tuple(a for a in range(count) if a not in lanes), one, other, axes)
+        others = tuple(a for a in range(count) if a not in lanes)
+        return Lanes(lanes, others, one, other, axes, image.shape[-1])
 
     @property
     def count(self) -> int:
@@ -265,11 +318,7 @@ class Lanes:
     def fold(self, image: Tensor, *, apart: bool) -> Tensor:
         """[*batch, heads, *size, e] -> [N, filters, *size], or [N, 1, *size] unless apart."""
         size = image.shape[-self.axes - 1 : -1]
-        image = (
-            image.reshape(*self.image, *size, -1)
-            if image.numel()
-            else image.new_zeros(*self.image, *size, image.shape[-1])
-        )
+        image = image.reshape(*self.image, *size, self.width)
         if apart:
             wide = [w if a in self.lanes else i for a, (i, w) in enumerate(self._both())]
             image = image.expand(*wide, *size, -1)
@@ -282,10 +331,8 @@ class Lanes:
     def unfold(self, output: Tensor) -> Tensor:
         """[N, filters, *size] -> [*batch, heads, *size, e]."""
         size = output.shape[2:]
-        e = output.shape[0] // max(math.prod(self.image[a] for a in self.others), 1)
-        apart = output.reshape(
-            *(self.image[a] for a in self.others), e, *(self.weights[a] for a in self.lanes), *size
-        )
+        others, lanes = [self.image[a] for a in self.others], [self.weights[a] for a in self.lanes]
+        apart = output.reshape(*others, self.width, *lanes, *size)
         came_from = (*self.others, -1, *self.lanes)
         order = [came_from.index(a) for a in range(len(self.image))]
         first = len(came_from)
@@ -295,12 +342,25 @@ class Lanes:
         return list(zip(self.image, self.weights, strict=True))
 
 
+def _of_rows(
+    matrix: Attention, found: Support, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys of rows, [r, taps], and weights [*batch, heads, r, taps]."""
+    keys, there = found.keys(rows)
+    like = matrix.query.new_zeros(0, dtype=dtype)
+    logits = found.logits(rows[:, None], keys, like).masked_fill(~there, -torch.inf)
+    heads = torch.broadcast_shapes(logits.shape[:-2], (1,) * (len(matrix.shape) - 2))
+    return keys, matrix.rule.normalizer.whole(logits.expand(*heads, *keys.shape))
+
+
 def _read(matrix: Attention, shift: Shift, value: Tensor) -> Tensor:
     """Each row's only key, times its weight: [*batch, heads, n, e]."""
     key, some, weights = _of_shift(matrix, shift, value)
     if value.shape[-2] == 0:
         value = F.pad(value, (0, 0, 0, 1))  # something to read, for rows that see nothing
-    if value.shape[:-2].numel() == 1 or (value.shape[-3] == 1 and key.dim() <= 2):
+    if key.dim() == 1:  # all heads read the same
+        read = value[..., key, :]
+    elif value.dim() == 2 or (value.shape[-3] == 1 and key.dim() == 2):
         # Heads that share a value read it where it is.
         flat = value if value.dim() == 2 else value[..., 0, :, :]
         read = flat[..., key.flatten(), :].unflatten(-2, key.shape)

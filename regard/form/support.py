@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +72,13 @@ class Support:
 
 def find(matrix: Attention) -> Support | Long | Shift | str:
     """The support of a matrix, all it has, its only Shift, or the sentence why it has none."""
+    known: Support | Long | Shift | str | None = matrix.__dict__.get("_support")
+    if known is None:  # asked by `needs`, by `pays` and by the product
+        known = matrix.__dict__["_support"] = _find(matrix)
+    return known
+
+
+def _find(matrix: Attention) -> Support | Long | Shift | str:
     parts = terms(matrix.position)
     for part in parts:
         if not isinstance(part, (OnGrid, Toeplitz)):
@@ -90,11 +98,7 @@ def _of_field(matrix: Attention, parts: list[OnGrid | Toeplitz]) -> Support | Lo
         grid = grids[0] if grids else Grid(matrix.shape[-1], matrix.shape[-2])
         return _disagree(grid, parts) or Long(grid, tuple(parts))
     field = fields[0]
-    displacements = field.displacements(field.table.device)
-
-    def keys(i: Tensor) -> tuple[Tensor, Tensor]:
-        return _at(field.grid, field.grid.places(i)[:, None] + displacements)
-
+    keys = partial(_keys, field.grid, field.displacements(field.table.device))
     first: tuple[int, ...] = field.first  # type: ignore[assignment]
     dilation: tuple[int, ...] = field.dilation  # type: ignore[assignment]
     return _agreed(field.grid, first, dilation, field.taps, keys, parts)
@@ -115,10 +119,7 @@ def _of_mask(matrix: Attention, parts: list[OnGrid | Toeplitz]) -> Support | Lon
     if math.isinf(low) or math.isinf(high):
         return _disagree(grid, parts) or Long(grid, tuple(parts), low, high)
     taps = (max(int(high - low) + 1, 0),)
-
-    def keys(i: Tensor) -> tuple[Tensor, Tensor]:
-        return _at(grid, (grid.places(i)[:, None] + box(taps, i.device) + int(low)))
-
+    keys = partial(_keys, grid, box(taps, matrix.device) + int(low))
     return _agreed(grid, (int(low),), (1,), taps, keys, parts)
 
 
@@ -148,7 +149,8 @@ def _disagree(grid: Grid, parts: list[OnGrid | Toeplitz]) -> str | None:
     return None
 
 
-def _at(grid: Grid, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+def _keys(grid: Grid, displacements: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    coordinates = grid.places(i)[:, None] + displacements
     some = grid.inside(coordinates)
     return torch.where(some, grid.index(coordinates), 0), some
 
