@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from regard import FormError, PositionOnly, attention
 from regard.convert import from_conv, to_conv
-from regard.convert.conv import few_heads
 from regard.errors import DtypeError, ShapeError
 from regard.grid import Grid
 from regard.neighborhood import Neighborhood
-from regard.position import Gaussian
+from regard.nn.conv import ConvAttention, Geometry
+from regard.position import Field, Gaussian, Shift
 
 EPS = torch.finfo(torch.float64).eps
 MODES = ("zeros", "replicate", "reflect", "circular")
@@ -129,6 +130,64 @@ def test_shared_parameters_train_together():
         from_conv(made(2, 1, 1, 3), heads="min", share=True)
 
 
+@pytest.mark.parametrize("heads", ["kernel", "min", "gaussian"])
+def test_what_is_frozen_stays_frozen(heads):
+    conv = made(1, 2, 1, 3).requires_grad_(False)
+    conv.bias.requires_grad_(True)
+    layer = from_conv(conv, heads=heads)
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"bias"}
+    with torch.no_grad():
+        parameters = list(from_conv(weight_norm(made(1, 2, 1, 3)), heads=heads).parameters())
+    assert all(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("heads", ["kernel", "min", "gaussian"])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_images_give_no_outputs(mode, heads):
+    conv, x = made(2, 2, 3, 3, padding=1, padding_mode=mode), normal(0, 2, 5, 6)
+    assert from_conv(conv, heads=heads)(x).shape == (0, 3, 5, 6)
+
+
+def geometric(position, *, padding=((1, 1),), stride=1, dilation=1, mode="zeros"):
+    """A layer on a line, of three heads."""
+    geometry = Geometry((3,), (stride,), padding, (dilation,), mode)
+    return ConvAttention(normal(2, 2, 3), None, position, geometry)
+
+
+SHIFTS, TABLE = torch.arange(3)[:, None], normal(3, 3, seed=4)
+LINE = Grid(3)
+AGREE = {
+    "shift": lambda: geometric(Shift(SHIFTS, LINE, "circular"), mode="circular", stride=2),
+    "same": lambda: geometric(Shift(3 * SHIFTS, LINE), padding=((3, 3),), dilation=3),
+    "field": lambda: geometric(Field(TABLE, LINE, first=0)),
+    "one table for all": lambda: geometric(Field(TABLE[0], LINE, first=0)),
+    "dilated field": lambda: geometric(Field(TABLE, LINE, 0, 2), padding=((4, 4),), dilation=2),
+}
+DISAGREE = {
+    "uneven": (lambda: geometric(Shift(SHIFTS, LINE), padding=((2, 0),)), "differs from side"),
+    "moved": (lambda: geometric(Shift(SHIFTS - 1, LINE)), "look elsewhere"),
+    "fewer taps": (lambda: geometric(Shift(SHIFTS[:1], LINE)), "look elsewhere"),
+    "mode": (lambda: geometric(Shift(SHIFTS, LINE, "circular")), "'circular' beyond the border"),
+    "first": (lambda: geometric(Field(TABLE, LINE)), r"from \(-1,\) on"),
+    "taps": (lambda: geometric(Field(TABLE[:, :2], LINE, first=0)), r"has taps \(2,\)"),
+    "dilation": (lambda: geometric(Field(TABLE, LINE, 0, 2)), r"with dilation \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("name", AGREE)
+def test_the_way_back_of_layers_made_by_hand(name):
+    layer, x = AGREE[name](), normal(2, 2, 9)
+    torch.testing.assert_close(to_conv(layer)(x), layer(x), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", DISAGREE)
+def test_a_layer_whose_heads_and_geometry_disagree_is_no_convolution(name):
+    make, words = DISAGREE[name]
+    with pytest.raises(FormError, match=words):
+        to_conv(make())
+
+
 # Borders: what stands for the pixels that are not there
 
 
@@ -185,57 +244,6 @@ def test_soft_becomes_hard_under_the_bound(alpha):
         assert (weights.amax(-1) == 1).all()
 
 
-# Few heads with finite scores
-
-
-def filters(*rows):
-    return torch.tensor(rows, dtype=torch.float64)[None, None]
-
-
-SOBEL, BOX = filters([1, 0, -1], [2, 0, -2], [1, 0, -1]), filters(*[[1, 1, 1]] * 3)
-FILTERS = {
-    "sobel": (SOBEL, 2),
-    "laplacian": (filters([0, 1, 0], [1, -4, 1], [0, 1, 0]), 2),
-    "gaussian": (filters([1, 2, 1], [2, 4, 2], [1, 2, 1]), 1),
-    "minus a box": (-BOX[:, :, :2], 1),
-    "sobel and box": (torch.cat([SOBEL, BOX]), 2),
-    "nothing": (0 * BOX, 1),
-}
-
-
-@pytest.mark.parametrize("name", FILTERS)
-def test_a_filter_is_one_head_or_two(name):
-    weight, heads = FILTERS[name]
-    conv = made(2, 1, len(weight), tuple(weight.shape[2:]), padding=1, bias=False)
-    conv.weight.data.copy_(weight)
-    layer, x = from_conv(conv, heads="min"), normal(1, 1, 7, 7)
-    assert layer.num_heads == heads
-    assert torch.isfinite(layer.position().table).all()
-    assert (layer(x) - conv(x)).abs().max() <= 1e-13
-    back = to_conv(layer)
-    assert (back.weight - conv.weight).abs().max() <= 1e-14 * max(1, weight.abs().max())
-
-
-@pytest.mark.parametrize("rank", [1, 2, 4, 6])
-@pytest.mark.parametrize("positive", [False, True])
-def test_rank_plus_one_heads_or_rank_where_a_positive_vector_is_spanned(rank, positive):
-    left, right = normal(9, rank, seed=rank), normal(rank, 6, seed=3)
-    left = left - left.mean(0)  # orthogonal to the uniform vector, so that none is positive
-    if positive:
-        left[:, 0] = normal(9, seed=9).abs() + 1
-    weight = (left @ right).mT.reshape(3, 2, 3, 3)
-    scores, mix = few_heads(weight)
-    assert len(scores) == (rank if positive else rank + 1)
-    assert torch.isfinite(scores).all()
-    rebuilt = torch.einsum("oih,ht->oit", mix, scores.softmax(-1)).reshape(weight.shape)
-    assert (rebuilt - weight).abs().max() <= 1e-13 * weight.abs().max()
-
-
-def test_a_full_kernel_keeps_a_head_for_each_tap():
-    layer = from_conv(made(2, 3, 4, 3), heads="min")
-    assert (layer.num_heads, layer.matrix((5, 5)).shape) == (9, (9, 9, 25))
-
-
 # A model
 
 
@@ -263,10 +271,28 @@ def test_a_converted_network_has_the_same_logits_and_trains(heads):
 # Words
 
 
+class Centred(nn.Conv1d):
+    """Computes something else than its parameters say."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
 ERRORS = {
     "transposed": (lambda: from_conv(nn.ConvTranspose2d(1, 1, 3)), DtypeError, r"A\.mT @ x"),
     "linear": (lambda: from_conv(nn.Linear(2, 2)), DtypeError, "not Linear"),
     "lazy": (lambda: from_conv(nn.LazyConv2d(1, 3)), ShapeError, "run it on an input"),
+    "subclass": (lambda: from_conv(Centred(1, 1, 3)), TypeError, "Centred, a subclass"),
+    "normed": (
+        lambda: from_conv(weight_norm(nn.Conv1d(1, 1, 3)), share=True),
+        TypeError,
+        "cannot be shared",
+    ),
+    "dtype": (
+        lambda: from_conv(nn.Conv1d(1, 1, 3))(torch.zeros(1, 1, 4).double()),
+        DtypeError,
+        "x has dtype torch.float64 but layer.weight has torch.float32",
+    ),
     "heads": (lambda: from_conv(nn.Conv1d(1, 1, 3), heads="all"), ValueError, "'min'"),
     "small": (
         lambda: from_conv(nn.Conv1d(1, 1, 3, dilation=2))(torch.zeros(1, 1, 4)),

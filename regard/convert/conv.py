@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from regard import errors
+from regard.form.tiles import compute_dtype
 from regard.grid import Grid, axes_of, box
 from regard.nn.conv import ConvAttention, Geometry
 from regard.position.grid import Field, Gaussian, OnGrid, Shift
@@ -47,16 +49,21 @@ def from_conv(
         "kernel": a one-hot `Shift` for each tap, exact to rounding. The border is in pi: "zeros"
             leave a row without keys, whose output is 0; the other modes clamp, mirror or wrap it.
         "min": rank + 1 softmax heads with finite scores, or rank where that is enough (see the
-            theorem in `regard.convert.conv`); tokens are the padded input. Where they would be no
-            fewer than taps, the heads are those of "kernel".
+            theorem in `regard.convert.conv`); tokens are the padded input. The heads are those of
+            "kernel" where they would be no fewer than taps, and where rounded scores and weights,
+            and sums over heads, could miss the kernel W by more than (eps + taps eps') |W| in
+            Frobenius norm: eps of its dtype, eps' of the dtype of sums, float32 at least. A half
+            precision has so few digits that this is a matter of luck but for filters of one sign.
         "gaussian": a `Gaussian` for each tap, whose centre and sharpness learn; tokens are the
             padded input. With e = 2 axes e^-alpha, of which terms of order e^2 are left out, the
             error is at most 2 e max|x| sum|W_tau|.
     alpha: sharpness^2 of "gaussian"; at 46 float64 has no digits for the rest
-    share: use the convolution's own parameters instead of copies, so that both train together
+    share: use the convolution's own parameters instead of copies, so that both train together;
+        copies require gradients where the originals do, and heads learn where the weight does
     conv: Conv1d, Conv2d or Conv3d with any kernel size, stride, padding (numbers, "same", "valid"),
-        dilation, groups, padding mode, bias, dtype and device
-    Raises ShapeError, DtypeError or ValueError for what is none of these.
+        dilation, groups, padding mode, bias, dtype and device; no subclass, which may compute
+        something else, but for parametrizations of its weight
+    Raises ShapeError, DtypeError (a TypeError) or ValueError for what is none of these.
 
     >>> conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="reflect").double()
     >>> layer, x = from_conv(conv), torch.randn(2, 3, 7, 7).double()
@@ -64,9 +71,13 @@ def from_conv(
     (tensor(True), tensor([[16]]))
     """
     given: Any = _checked(conv, heads)
-    weight, bias = given.weight, given.bias
-    if not share:
-        weight, bias = (p if p is None else p.detach().clone() for p in (weight, bias))
+    with torch.enable_grad():  # under which a parametrized weight says whether it learns
+        weight, bias = given.weight, given.bias
+    learns = weight.requires_grad
+    if share:
+        _check_shared(weight, bias)
+    else:
+        weight, bias = _copy(weight), _copy(bias)
     kernel_size = tuple(given.kernel_size)
     geometry = Geometry(
         kernel_size, tuple(given.stride), _padding(given), tuple(given.dilation), given.padding_mode
@@ -77,18 +88,19 @@ def from_conv(
     position: OnGrid = Shift(offsets, grid, given.padding_mode)
     if heads == "gaussian":
         position = Gaussian.of(offsets.to(given.weight.dtype), grid, alpha=alpha)
-    elif heads == "min":
-        logits, mix = few_heads(given.weight.detach())
-        if len(logits) < len(taps):
-            if share:
-                raise ValueError(
-                    "heads='min' mixes the kernel's taps anew, so its weights cannot be those of "
-                    "the convolution; use share=False, or heads='kernel'."
-                )
-            table = logits.reshape(-1, *kernel_size).requires_grad_()
-            position = Field(table, grid, first=0, dilation=geometry.dilation)
-            weight = mix
-    return ConvAttention(weight, bias, position, geometry, groups=given.groups)
+    elif heads == "min" and (few := _few_enough(given.weight.detach())) is not None:
+        if share:
+            raise ValueError(
+                "heads='min' mixes the kernel's taps anew, so its weights cannot be those of "
+                "the convolution; use share=False, or heads='kernel'."
+            )
+        logits, mix = few
+        table = logits.reshape(-1, *kernel_size).requires_grad_()
+        position = Field(table, grid, first=0, dilation=geometry.dilation)
+        weight = nn.Parameter(mix, requires_grad=learns)
+    layer = ConvAttention(weight, bias, position, geometry, groups=given.groups)
+    layer.position.requires_grad_(learns)
+    return layer
 
 
 def to_conv(layer: ConvAttention) -> nn.Module:
@@ -96,8 +108,8 @@ def to_conv(layer: ConvAttention) -> nn.Module:
 
     W_tau = sum_h P[tau, h] W_h, with P one-hot (`Shift`) or the softmax of a `Field`
 
-    Raises FormError where the layer is none: Gaussian heads reach over the whole input, and shifts
-    that have been moved off the taps are no kernel.
+    Raises FormError where the layer is none: Gaussian heads reach over the whole input, heads that
+    look beside the taps are no kernel, and torch pads both sides alike, or for "same".
 
     >>> conv = nn.Conv1d(2, 3, 3, padding=1)
     >>> torch.equal(to_conv(from_conv(conv)).weight, conv.weight)
@@ -105,26 +117,29 @@ def to_conv(layer: ConvAttention) -> nn.Module:
     """
     errors.check_kind("layer", layer, ConvAttention)
     position, geometry = layer.position(), layer.geometry
-    taps = box(geometry.kernel_size, layer.weight.device)
+    reason = _elsewhere(position, geometry, layer.num_heads)
+    padding = _torch_padding(geometry)
+    if padding is None:
+        reason = (
+            f"padding {geometry.padding} differs from side to side, and not as 'same' does; pad "
+            "the input with torch.nn.functional.pad, and give the layer what is even."
+        )
+    if reason is not None:
+        raise errors.FormError(
+            f"this layer is no convolution with a kernel of size {geometry.kernel_size}: {reason}"
+        )
     weight = layer.weight.detach().flatten(2)  # [out, in / groups, heads]
     if isinstance(position, Field):
-        weight = weight @ position.table.detach().flatten(1).softmax(-1)
-    elif not isinstance(position, Shift) or not torch.equal(
-        position.offsets, taps * Grid(geometry.kernel_size).tensor(geometry.dilation, taps)
-    ):
-        raise errors.FormError(
-            f"{position} is no convolution with a kernel of size {geometry.kernel_size}: its "
-            "heads look elsewhere. A layer with Shift on the taps, or with a Field, is one."
-        )
-    # Only "same" pads two sides differently.
-    uneven = any(left != right for left, right in geometry.padding)
+        table = position.table.detach().expand(layer.num_heads, *position.taps)
+        mixed = weight.to(torch.float64) @ table.flatten(1).to(torch.float64).softmax(-1)
+        weight = mixed.to(weight.dtype)
     make: Any = CONVS[len(geometry.stride) - 1]
     conv: Any = make(
         weight.shape[1] * layer.groups,
         weight.shape[0],
         geometry.kernel_size,
         geometry.stride,
-        "same" if uneven else [left for left, _ in geometry.padding],
+        padding,
         geometry.dilation,
         layer.groups,
         layer.bias is not None,
@@ -140,6 +155,66 @@ def to_conv(layer: ConvAttention) -> nn.Module:
     return found
 
 
+def _elsewhere(position: Any, geometry: Geometry, heads: int) -> str | None:
+    """The sentence why heads do not look at a kernel's taps, or None."""
+    taps = box(geometry.kernel_size, position.tensors()[0].device)
+    if isinstance(position, Field):
+        first = (0,) * len(geometry.kernel_size)  # tokens are the padded input
+        found = position.taps, position.first, position.dilation
+        if found != (geometry.kernel_size, first, geometry.dilation):
+            return (
+                f"its Field has taps {found[0]} from {found[1]} on with dilation {found[2]}, and "
+                f"those of the kernel are from {first} on with dilation {geometry.dilation}."
+            )
+        return None
+    wanted = taps * Grid(geometry.kernel_size).tensor(geometry.dilation, taps)
+    if not isinstance(position, Shift) or not torch.equal(
+        position.offsets.expand(heads, -1), wanted
+    ):
+        return (
+            f"the heads of {position} look elsewhere; a layer with Shift on the taps, or with a "
+            "Field, is one."
+        )
+    if position.padding_mode != geometry.padding_mode:
+        return (
+            f"its Shift reads {position.padding_mode!r} beyond the border, and its geometry says "
+            f"{geometry.padding_mode!r}; give both one padding_mode."
+        )
+    return None
+
+
+def _torch_padding(geometry: Geometry) -> str | list[int] | None:
+    """The padding of a torch convolution, or None where it has none like it."""
+    if all(left == right for left, right in geometry.padding):
+        return [left for left, _ in geometry.padding]
+    same = _halves(geometry.kernel_size, geometry.dilation)
+    return "same" if geometry.padding == same and set(geometry.stride) == {1} else None
+
+
+def _few_enough(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`few_heads`, if they are fewer than taps and give the kernel to `_digits`."""
+    if not bool(weight.isfinite().all()):
+        return None
+    scores, mix = few_heads(weight)
+    wanted = weight.flatten(2).to(torch.float64)
+    if len(scores) >= wanted.shape[-1]:
+        return None
+    mix_64, columns = mix.to(torch.float64), scores.to(torch.float64).softmax(-1)
+    # Terms of both signs that cancel have roundings of their size, not of the kernel's.
+    rounding = (mix_64.abs() @ columns).norm() * _eps_of_sums(weight) / 2
+    missed = (mix_64 @ columns - wanted).norm() + rounding
+    return (scores, mix) if bool(missed <= _digits(weight) * wanted.norm()) else None
+
+
+def _digits(weight: Tensor) -> float:
+    """What the kernel of a convolution means: its own rounding, and that of a sum over taps."""
+    return torch.finfo(weight.dtype).eps + weight[0, 0].numel() * _eps_of_sums(weight)
+
+
+def _eps_of_sums(weight: Tensor) -> float:
+    return float(torch.finfo(compute_dtype(weight.dtype)).eps)
+
+
 def few_heads(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Scores [heads, taps] and mixing weights [out, in, heads] of the theorem above.
 
@@ -153,8 +228,7 @@ def few_heads(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     wanted = weight.flatten(2).flatten(0, 1).mT.to(torch.float64)  # M [taps, out in]
     basis, sizes, _ = torch.linalg.svd(wanted, full_matrices=False)
-    digits = torch.finfo(weight.dtype).eps * max(wanted.shape)
-    basis = basis[:, sizes > digits * sizes[:1]]
+    basis = basis[:, sizes > _digits(weight) * sizes[:1]]
     one = wanted.new_ones(len(wanted))
     inside = basis.mT @ one
     projected = basis @ inside
@@ -169,10 +243,12 @@ def few_heads(weight: Tensor) -> tuple[Tensor, Tensor]:
     spread = ratios.amax(0) - ratios.amin(0)
     shifted = others + positive[:, None] * (0.1 * spread - ratios.amin(0))
     columns = torch.cat([positive[:, None], shifted], 1)
-    columns = columns / columns.sum(0)
+    scores = (columns / columns.sum(0)).mT.log().to(weight.dtype).contiguous()
+    columns = scores.to(torch.float64).softmax(-1).mT  # P of the rounded scores
     mix = torch.linalg.lstsq(columns, wanted).solution  # X [heads, out in]
+    mix = mix + torch.linalg.lstsq(columns, wanted - columns @ mix).solution  # 2 to 6 times nearer
     mix = mix.mT.reshape(*weight.shape[:2], -1)
-    return columns.mT.log().to(weight.dtype).contiguous(), mix.to(weight.dtype).contiguous()
+    return scores, mix.to(weight.dtype).contiguous()
 
 
 def _padding(conv: Any) -> tuple[tuple[int, int], ...]:
@@ -180,12 +256,32 @@ def _padding(conv: Any) -> tuple[tuple[int, int], ...]:
     if conv.padding == "valid":
         return ((0, 0),) * len(conv.kernel_size)
     if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
+        return _halves(conv.kernel_size, conv.dilation)
     return tuple((p, p) for p in axes_of("padding", conv.padding, len(conv.kernel_size)))
 
 
-def _checked(conv: Any, heads: str) -> nn.Module:
+def _halves(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def _copy(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None:
+        return None
+    return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+
+
+def _check_shared(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and not isinstance(tensor, nn.Parameter):
+            raise errors.DtypeError(
+                "the convolution's weight or bias is computed anew on each call (weight_norm and "
+                "other parametrizations do that), so it cannot be shared; use share=False, or "
+                "remove the parametrization first."
+            )
+
+
+def _checked(conv: Any, heads: str) -> Any:
     if heads not in HEADS:
         raise ValueError(f"heads is one of {', '.join(map(repr, HEADS))}, not {heads!r}.")
     if isinstance(conv, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
@@ -194,14 +290,19 @@ def _checked(conv: Any, heads: str) -> nn.Module:
             "its output is sum_h A_h^T x W_h, where columns, not rows, are one-hot. Convert the "
             "convolution that it transposes; with A = layer.matrix(size), A.mT @ x is the product."
         )
-    if not isinstance(conv, CONVS):
-        raise errors.DtypeError(
-            f"from_conv takes torch.nn.Conv1d, Conv2d or Conv3d, not {type(conv).__name__}; "
-            "replace the convolutions of a model one by one."
-        )
-    if isinstance(conv.weight, nn.parameter.UninitializedParameter):
+    weight = getattr(conv, "weight", None)
+    if isinstance(conv, CONVS) and isinstance(weight, nn.parameter.UninitializedParameter):
         raise errors.ShapeError(
             f"{type(conv).__name__} has no weights yet; run it on an input first."
         )
+    kind = parametrize.type_before_parametrizations(conv)
+    if kind not in CONVS:
+        what = (
+            f"{kind.__name__}, a subclass, whose forward may compute something else; copy its "
+            "parameters into a convolution that does the same"
+            if issubclass(kind, CONVS)
+            else f"{kind.__name__}; replace the convolutions of a model one by one"
+        )
+        raise errors.DtypeError(f"from_conv takes torch.nn.Conv1d, Conv2d or Conv3d, not {what}.")
     errors.check_tensor("the convolution's weight", conv.weight)
     return conv
