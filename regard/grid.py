@@ -207,7 +207,8 @@ def from_patches(tokens: Tensor, grid: Grid, size: Numbers) -> Tensor:
             f"{grid.columns} vectors whose width is a multiple of {math.prod(patch)}."
         )
     lead, axes = tokens.dim() - 2, grid.axes
-    apart = tokens.reshape(*tokens.shape[:-2], *grid._size, -1, *patch)
+    channels = tokens.shape[-1] // math.prod(patch)
+    apart = tokens.reshape(*tokens.shape[:-2], *grid._size, channels, *patch)
     sides = [place for a in range(axes) for place in (lead + a, lead + axes + 1 + a)]
     image = apart.permute(*range(lead), lead + axes, *sides)
     whole = [n * p for n, p in zip(grid._size, patch, strict=True)]

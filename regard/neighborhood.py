@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -150,8 +149,3 @@ class Neighborhood(Mask):
     @property
     def _causal(self) -> tuple[bool, ...]:
         return self.causal  # type: ignore[return-value]
-
-    @property
-    def taps(self) -> int:
-        """How many keys a whole box has."""
-        return math.prod(self._kernel)

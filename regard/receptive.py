@@ -60,8 +60,10 @@ def receptive_field(matrix: Attention | Mixture, grid: Grid) -> ReceptiveField:
     total, far = (torch.zeros(batch, dtype=dtype, device=device) for _ in range(2))
     first = torch.zeros(*batch, grid.axes, dtype=dtype, device=device)
     second = torch.zeros(batch, dtype=dtype, device=device)
-    for rows in torch.arange(n, device=device).split(max(PAIRS // max(m, 1), 1)):
-        block = slice(int(rows[0]), int(rows[-1]) + 1)
+    step = max(PAIRS // max(m, 1), 1)
+    for start in range(0, n, step):
+        block = slice(start, min(start + step, n))
+        rows = torch.arange(block.start, block.stop, device=device)
         weights = matrix[..., block, :].abs().to(dtype)  # type: ignore[union-attr]
         away = (keys - grid.places(rows)[:, None]).to(dtype)  # [r, m, axes]
         squares = away.square().sum(-1)

@@ -122,6 +122,26 @@ def test_a_head_that_sees_nothing_is_measured_as_zero():
     assert [x.abs().sum().item() for x in found] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_autocast_projects_in_its_dtype_and_mixes_in_that_of_the_input(kind):
+    layer, x = layer_of(0.3, alpha=1.5)[1].float(), X.to(kind)
+    wanted = layer(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        assert layer.matrix(x).dense().dtype == kind
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.05)
+    assert layer(X[:0].float()).shape == (0, 4, 5, 6)
+    with pytest.raises(DtypeError, match=r"layer\.weight has torch.float32"):
+        layer(X)
+
+
+def test_of_no_rows_nothing_is_measured():
+    tokens = torch.zeros(2, 0, 1)
+    found = receptive_field(attention(tokens, tokens), Grid(0))
+    assert [tuple(x.shape) for x in found] == [(2, 1), (2,), (2,)]
+    assert not any(x.any() for x in found)
+
+
 def test_errors_say_what_would_work():
     conv = nn.Conv2d(3, 4, 3)
     with pytest.raises(DtypeError, match="heads='gaussian'"):

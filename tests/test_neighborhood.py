@@ -174,7 +174,7 @@ def test_a_field_as_wide_as_the_grid_is_a_free_bias_of_every_displacement():
         (torch.nn.Conv3d, (2, 4, 6), (1, 2, 3)),
     ],
 )
-@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("batch", [(), (2,), (0,)])
 def test_patches_are_what_a_convolution_with_their_stride_reads(conv, size, patch, batch):
     torch.manual_seed(0)
     layer, image = conv(3, 5, patch, stride=patch).double(), torch.randn(*batch, 3, *size).double()

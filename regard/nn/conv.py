@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,7 +71,8 @@ class ConvAttention(nn.Module):
     geometry: where outputs stand. Under `Shift` the border is the part's; other parts, whose rows
         sum to 1, see the padded input, where a virtual pixel is a token like others.
     Cost: with `Shift`, the convolution's flops, and heads times the input in memory, as im2col.
-    Raises ShapeError where weight, position, groups and input do not fit.
+    Raises ShapeError where weight, position, groups and input do not fit, DtypeError for an input
+    of another dtype.
 
     >>> import torch
     >>> from regard.convert import from_conv
@@ -102,23 +104,38 @@ class ConvAttention(nn.Module):
         self.bias = bias
         self.position = Learnable(position)
         self.geometry, self.groups, self.num_heads = geometry, groups, heads
-        self._virtual = not isinstance(position, Shift)
+        # Soft heads can move, and see the padded input.
+        self.movable = not isinstance(position, Shift)
 
-    def matrix(self, size: Numbers) -> Attention:
-        """The lazy matrix [heads, outputs, inputs] for inputs of a size."""
-        axes = len(self.geometry.stride)
-        return self._matrix(axes_of("size", size, axes, least=1), self.weight)
+    def matrix(self, size: Numbers, like: Tensor | None = None) -> Attention:
+        """The lazy matrix [heads, outputs, inputs] for inputs of a size.
+
+        like: a tensor whose dtype it has; default the weight
+        """
+        grid = self.grid(axes_of("size", size, len(self.geometry.stride), least=0))
+        like = self.weight if like is None else like
+        # Position alone decides: queries and keys have no channels.
+        return attention(
+            like.new_zeros(self.num_heads, grid.rows, 0),
+            like.new_zeros(1, grid.columns, 0),
+            score=PositionOnly(),
+            position=replace(self.position(), grid=grid),
+        )
 
     @opaque
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [*batch, in_channels, *size] -> outputs [*batch, out_channels, *out]."""
         size = self.size_of(x)
-        return self.project(self._matrix(size, x) @ self.tokens(x), size)
+        return self.project(self.matrix(size, x) @ self.tokens(x), size)
 
     def size_of(self, x: Tensor) -> tuple[int, ...]:
-        """The size of an input [*batch, in_channels, *size]; ShapeError if it is none."""
+        """The size of an input [*batch, in_channels, *size]; an error if it is none."""
         axes, channels = len(self.geometry.stride), self.weight.shape[1] * self.groups
         errors.check_tensor("x", x)
+        # autocast makes one dtype of all but float64.
+        left_alone = x.dtype in (self.weight.dtype, torch.float64)
+        if left_alone or not torch.is_autocast_enabled(x.device.type):
+            errors.check_pair("x", x, "layer.weight", self.weight)
         if x.dim() <= axes or x.shape[-axes - 1] != channels:
             raise errors.ShapeError(
                 f"x has shape {errors.show(x.shape)}, but this layer takes [*batch, {channels}, "
@@ -126,14 +143,9 @@ class ConvAttention(nn.Module):
             )
         return tuple(x.shape[-axes:])
 
-    @property
-    def movable(self) -> bool:
-        """Whether heads are soft, and so see the padded input."""
-        return self._virtual
-
     def tokens(self, x: Tensor) -> Tensor:
         """What the heads see of x, [*batch, 1, m, in_channels]: pixels, virtual ones among them."""
-        padded = self.geometry.pad(x) if self._virtual else x
+        padded = self.geometry.pad(x) if self.movable else x
         return padded.flatten(-len(self.geometry.stride)).mT[..., None, :, :]
 
     def project(self, mixed: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -149,17 +161,7 @@ class ConvAttention(nn.Module):
 
     def grid(self, size: tuple[int, ...]) -> Grid:
         """The outputs among the tokens of an input of this size."""
-        return self.geometry.grid(size, padded=self._virtual)
-
-    def _matrix(self, size: tuple[int, ...], like: Tensor) -> Attention:
-        grid = self.grid(size)
-        # Position alone decides: queries and keys have no channels.
-        return attention(
-            like.new_zeros(self.num_heads, grid.rows, 0),
-            like.new_zeros(1, grid.columns, 0),
-            score=PositionOnly(),
-            position=replace(self.position(), grid=grid),
-        )
+        return self.geometry.grid(size, padded=self.movable)
 
     def extra_repr(self) -> str:
         """What torch prints between the brackets."""

@@ -114,8 +114,10 @@ class GatedAttention(nn.Module):
         ]
         places = grid.places(torch.arange(grid.rows, device=x.device))
         centres = grid.index(places + grid.tensor(middle, places))
-        content = attention(tokens[..., centres, :] @ self.query, tokens @ self.key)
-        return Mixture(content, self.local.matrix(size), torch.sigmoid(self.gate))
+        query, key = tokens[..., centres, :] @ self.query, tokens @ self.key
+        # autocast projects in a dtype of its own; both matrices multiply the same tokens.
+        content = attention(query.to(x.dtype), key.to(x.dtype))
+        return Mixture(content, self.local.matrix(size, x), torch.sigmoid(self.gate))
 
     @opaque
     def forward(self, x: Tensor) -> Tensor:
