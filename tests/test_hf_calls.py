@@ -161,3 +161,18 @@ def test_a_capture_of_a_model_on_regard_reproduces_its_outputs(name):
     assert len(calls) == (6 if name == "t5" else 2)
     for call in calls:
         torch.testing.assert_close(call.matrix @ call.value, call.output)
+
+
+@pytest.mark.parametrize("causal_alone", [False, True])
+def test_a_capture_sees_the_documents_that_only_regard_reads(causal_alone):
+    model = build("llama", torch.float32)
+    model.set_attn_implementation("regard")
+    ends = torch.tensor([0, 9] if causal_alone else [0, 4, 9], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 9, "max_length_k": 9}
+    ids = inputs("llama")["input_ids"][:1]
+    with torch.no_grad(), capture(model) as calls:
+        model(ids, **packed)
+    for call in calls:
+        torch.testing.assert_close(call.matrix @ call.value, call.output)
+        assert call.causal == causal_alone == (call.mask is None)  # a triangle needs no tensor
+        assert call.matrix.dense()[..., 4, :4].any() == causal_alone

@@ -23,6 +23,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -36,7 +37,8 @@ from regard.look.record import (
     kept,
     record,
 )
-from regard.mask import Mask
+from regard.mask import Causal, Mask
+from regard.matrix import Attention
 from regard.runs import compile_mask
 from regard.sdpa import scaled_dot_product_attention
 
@@ -126,10 +128,6 @@ def _wrapped_interface(
                 )
             with sdpa.muted():
                 result = inner(module, query, key, value, attention_mask, **kwargs)
-            if isinstance(attention_mask, Mask):
-                lengths = query.shape[-2], key.shape[-2]
-                runs = compile_mask(attention_mask, *lengths, query.device)
-                attention_mask = runs.keep(slice(None), slice(None))
             asked = kwargs.get("is_causal")
             asked = getattr(module, "is_causal", True) if asked is None else asked
             # sdpa turns the flag into a triangle only without a mask and for more than one query;
@@ -138,6 +136,8 @@ def _wrapped_interface(
             causal = bool(asked) and triangle
             tensors = (query, key, value)
             call = _read_interface(names[module], tensors, attention_mask, causal, kwargs)
+            if isinstance(result[1], Attention):  # of regard, which reads words that others ignore
+                call = replace(call, **_pairs(result[1]))
             calls.append(replace(call, output=kept(result[0].transpose(1, 2))))
             return result
 
@@ -148,6 +148,20 @@ def _wrapped_interface(
         yield
     finally:
         interface.get_interface = original
+
+
+def _pairs(matrix: Attention) -> dict[str, Any]:
+    """The fields of Captured that say which pairs a matrix sees; a triangle needs no tensor."""
+    runs = matrix.runs
+    if runs is None:
+        return {"mask": None, "causal": False}
+    triangle = compile_mask(Causal(), *matrix.shape[-2:], matrix.device)
+    names = ("offsets", "start", "stop")
+    if runs.batch == () and all(
+        torch.equal(getattr(runs, name), getattr(triangle, name)) for name in names
+    ):
+        return {"mask": None, "causal": True}
+    return {"mask": four_axes(runs.keep(slice(None), slice(None))), "causal": False}
 
 
 def _read_interface(
@@ -171,7 +185,8 @@ def _read_interface(
             "passes no mask that says so; what works: model.set_attn_implementation('sdpa')"
         )
     scale = kwargs.get("scaling")
-    call = record(name, tensors, mask, dropout=kwargs.get("dropout") or 0.0)
+    rule = isinstance(mask, Mask)  # of regard, whose matrix says more
+    call = record(name, tensors, None if rule else mask, dropout=kwargs.get("dropout") or 0.0)
     bias, extra = call.bias, kwargs.get("position_bias")
     if extra is not None:
         bias = kept(extra) if bias is None else bias + extra.detach()

@@ -17,7 +17,8 @@ from regard.score import Dot
 
 # Keywords that reach a Hugging Face attention function and do not change what the `eager` and
 # `sdpa` implementations compute (transformers/utils/generic.py, TransformersKwargs, and the
-# call sites of models/*/modeling_*.py). `sliding_window` is in the mask already.
+# call sites of models/*/modeling_*.py). `sliding_window` is in the mask already. The
+# documents of `cu_seq_lens_*`, which "regard" reads, are recorded from its matrix.
 # fmt: off
 HARMLESS = frozenset({
     "cache", "cache_position", "config", "cu_seq_lens_k", "cu_seq_lens_q",
