@@ -15,6 +15,8 @@ implementation but "eager".
 
 A query that sees no key gives 0 here; "eager" adds the lowest number to all its logits and so
 spreads its weight evenly over keys that the model forbids. Such rows belong to padding.
+The documents of `cu_seq_lens_q` and `cu_seq_lens_k` are honoured, as flash attention does; "eager"
+and "sdpa" ignore them, and packed tokens see the documents before their own.
 
 What a model asks of its attention and regard does not compute raises ModelError.
 Cost: O(n) memory; a mask function that is not known here is asked about every pair once.
