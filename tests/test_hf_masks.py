@@ -64,8 +64,8 @@ RULES = {
     "causal and unknown": (hf.and_masks(hf.causal_mask_function, odd), "Causal"),
 }  # fmt: skip
 # rows, columns, first row, first column: a whole sequence, its continuation, one token, a cache
-# that has dropped its first keys, a static cache that is longer than what it holds
-GRIDS = [(11, 11, 0, 0), (3, 8, 5, 0), (1, 8, 7, 0), (3, 6, 5, 2), (4, 11, 2, 0)]
+# that has dropped its first keys, a static cache that is longer than what it holds, few keys
+GRIDS = [(11, 11, 0, 0), (3, 8, 5, 0), (1, 8, 7, 0), (3, 6, 5, 2), (4, 11, 2, 0), (9, 4, 2, 0)]
 REAL = torch.tensor([[True] * 8, [False] * 2 + [True] * 6])
 
 
@@ -91,6 +91,14 @@ def test_the_same_pairs_are_visible(name, sizes):
         given = asked(function, sizes, attention_mask=real)
         expected = hf.sdpa_mask(**given, allow_is_causal_skip=False)
         assert torch.equal(visible(structure(**given)), expected.expand(2, 1, *sizes[:2]))
+
+
+def test_padding_is_about_keys_where_there_are_more_queries():
+    function = hf.padding_mask_function(REAL[:, :4])
+    given = asked(function, (9, 4, 0, 0))
+    expected = hf.sdpa_mask(**given, allow_is_causal_skip=False)
+    assert "Padding" in repr(structure(**given))
+    assert torch.equal(visible(structure(**given)), expected.expand(2, 1, 9, 4))
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -270,7 +270,7 @@ class Translator:
         )
 
     def _padding_mask_function(self, padding_mask: Tensor) -> Mask | None:
-        return Padding(self._per_token(padding_mask)[1].bool())
+        return Padding(self._at(padding_mask, self.grid.keys).bool())
 
     def _packed_sequence_mask_function(self, packed_sequence_mask: Tensor) -> Mask | None:
         return Documents(*self._per_token(packed_sequence_mask))
@@ -305,8 +305,11 @@ class Translator:
 
     def _per_token(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Of the queries [batch, rows] and of the keys [batch, columns]."""
-        numbers = numbers.to(self.grid.device).expand(self.grid.batch, -1)
-        return numbers[:, self.grid.queries], numbers[:, self.grid.keys]
+        return self._at(numbers, self.grid.queries), self._at(numbers, self.grid.keys)
+
+    def _at(self, numbers: Tensor, positions: Tensor) -> Tensor:
+        """Those of some positions, [batch, positions]."""
+        return numbers.to(self.grid.device).expand(self.grid.batch, -1)[:, positions]
 
 
 def _both(one: Mask | None, other: Mask | None) -> Mask | None:
@@ -347,7 +350,7 @@ def _is_about_distances(function: Visible) -> bool:
 def samples() -> Iterator[tuple[str, Visible, Visible]]:
     """(factory, what it makes, a mask in which that occurs), for positions below 9.
 
-    Of the factories that the installed version has.
+    Of the factories that the installed version has. Padding is about keys, of which there are 8.
     """
     t = masking_utils
     causal = t.causal_mask_function
@@ -358,7 +361,7 @@ def samples() -> Iterator[tuple[str, Visible, Visible]]:
         "sliding_window_bidirectional_overlay": (1,),
         "chunked_overlay": (3, torch.tensor([0, 2])),
         "blockwise_overlay": (document - 1,),
-        "padding_mask_function": (document != 1,),
+        "padding_mask_function": (document[:, :8] != 1,),
         "packed_sequence_mask_function": (document,),
         "and_masks": (causal, t.sliding_window_overlay(2)),
         "or_masks": (causal, t.padding_mask_function(document == 1)),
@@ -374,6 +377,9 @@ def samples() -> Iterator[tuple[str, Visible, Visible]]:
         yield "remap_positions_for_packed_sequence", made, packed
 
 
+SMALL = Grid(2, 5, 7, 3, 1, torch.device("cpu")), Grid(2, 7, 4, 2, 0, torch.device("cpu"))
+"""What factories are asked about: fewer queries than keys, and more."""
+
 KNOWN: dict[Any, str] = {}
 """The code of a function that a factory makes -> the factory's name."""
 
@@ -383,7 +389,7 @@ def learn() -> None:
     KNOWN.clear()
     for name, made, function in samples():
         KNOWN[made.__code__] = name
-        if not _is_well_translated(function, Grid(2, 5, 7, 3, 1, torch.device("cpu"))):
+        if not all(_is_well_translated(function, grid) for grid in SMALL):
             del KNOWN[made.__code__]
 
 
@@ -392,7 +398,7 @@ def _is_well_translated(function: Visible, grid: Grid) -> bool:
         rule = Translator(grid).mask(function)
     except (KeyError, TypeError):  # its closure has other names
         return False
-    runs = Structure(rule, (2, 1, 5, 7)).runs(5, 7, grid.device)
+    runs = Structure(rule, (grid.batch, 1, *grid[1:3])).runs(*grid[1:3], grid.device)
     own = runs.keep(slice(None), slice(None))
     return bool((own == answers(function, grid)).all())
 
