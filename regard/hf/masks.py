@@ -68,7 +68,7 @@ class Structure(Mask):
 
     rule: the mask, or None where every query sees every key
     shape: (batch, 1, n, m), what Hugging Face expects of a mask; nothing has that size
-    Its runs are found once and serve all layers.
+    Its runs are found once and serve all layers (`regard.runs.compile_mask`).
     """
 
     rule: Mask | None
@@ -89,12 +89,8 @@ class Structure(Mask):
             self.rule.check(rows, columns)
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Runs:
-        known: tuple[Any, Runs] | None = self.__dict__.get("_runs")
-        if known is None or known[0] != (rows, columns, device):
-            rule = Window(None, None) if self.rule is None else self.rule
-            known = (rows, columns, device), compile_mask(rule, rows, columns, device)
-            self.__dict__["_runs"] = known
-        return known[1]
+        rule = Window(None, None) if self.rule is None else self.rule
+        return compile_mask(rule, rows, columns, device)
 
     def __getattr__(self, name: str) -> NoReturn:
         # Only names that are not there come here: those of the tensor that a model expects.
@@ -202,8 +198,9 @@ def structure(
     grid = Grid(
         batch_size, q_length, kv_length, int(q_offset), int(kv_offset), torch.device(device)
     )
-    rule = Translator(grid, use_vmap).mask(mask_function)
-    return Structure(_both(rule, _padding(attention_mask, grid)), (batch_size, 1, *grid[1:3]))
+    with torch.inference_mode(False):  # of inference tensors no runs are kept
+        rule = _both(Translator(grid, use_vmap).mask(mask_function), _padding(attention_mask, grid))
+    return Structure(rule, (batch_size, 1, *grid[1:3]))
 
 
 _HINTS = {"allow_is_causal_skip", "allow_is_bidirectional_skip", "config", "dtype", "local_size"}
@@ -377,9 +374,6 @@ def samples() -> Iterator[tuple[str, Visible, Visible]]:
         yield "remap_positions_for_packed_sequence", made, packed
 
 
-SMALL = Grid(2, 5, 7, 3, 1, torch.device("cpu")), Grid(2, 7, 4, 2, 0, torch.device("cpu"))
-"""What factories are asked about: fewer queries than keys, and more."""
-
 KNOWN: dict[Any, str] = {}
 """The code of a function that a factory makes -> the factory's name."""
 
@@ -387,9 +381,10 @@ KNOWN: dict[Any, str] = {}
 def learn() -> None:
     """Fill KNOWN with the factories that mean here what they mean in the installed version."""
     KNOWN.clear()
+    grids = [Grid(*sizes, torch.device("cpu")) for sizes in ((2, 5, 7, 3, 1), (2, 7, 4, 2, 0))]
     for name, made, function in samples():
         KNOWN[made.__code__] = name
-        if not all(_is_well_translated(function, grid) for grid in SMALL):
+        if not all(_is_well_translated(function, grid) for grid in grids):
             del KNOWN[made.__code__]
 
 
@@ -399,8 +394,7 @@ def _is_well_translated(function: Visible, grid: Grid) -> bool:
     except (KeyError, TypeError):  # its closure has other names
         return False
     runs = Structure(rule, (grid.batch, 1, *grid[1:3])).runs(*grid[1:3], grid.device)
-    own = runs.keep(slice(None), slice(None))
-    return bool((own == answers(function, grid)).all())
+    return bool((runs.keep(slice(None), slice(None)) == answers(function, grid)).all())
 
 
 learn()
