@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from families import FAMILIES, WRITERS, build, exact_eager, inputs, padded, run, t
+from families import FAMILIES, TOKENS, WRITERS, build, exact_eager, inputs, padded, run, t
 
 import regard
 import regard.hf
 from regard.look.capture import capture
+from regard.mask import Padding
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 STEPS = 6  # beyond the windows of 4
@@ -30,6 +31,45 @@ def test_greedy_tokens_are_those_of_eager(name, cache):
     told = write(model, "regard", name, cache_implementation=cache)
     assert torch.equal(told, expected)
     assert len(expected.unique()) > STEPS
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_keys_of_a_static_cache_are_copied_only_where_attentions_are_asked_for(name, asked):
+    """GPT-2's layers are not told that they are."""
+    model, seen = build(name), []
+    layers = model.transformer.h if name == "gpt2" else model.model.layers
+    for layer in layers:
+        attention = layer.attn if name == "gpt2" else layer.self_attn
+        attention.register_forward_hook(lambda module, given, output: seen.append(output[1]))
+    how = {"return_dict_in_generate": True, "output_attentions": asked}
+    write(model, "regard", name, cache_implementation="static", **how)
+    assert len(seen) == 2 * STEPS
+    if not asked:
+        assert seen == [None] * len(seen)
+    else:  # of keys of their own, which do not change
+        assert len({matrix.key.data_ptr() for matrix in seen}) == len(seen)
+
+
+def test_a_compiled_model_steps_through_a_static_cache():
+    model, ids = build("llama"), inputs("llama")["input_ids"]
+    model.set_attn_implementation("regard")
+    del model.model.layers[1:]
+    found = []
+    for forward in (model.model, torch.compile(model.model, backend="eager")):
+        cache = t.StaticCache(model.config, max_cache_len=TOKENS)
+        with torch.no_grad():
+            found.append(forward(ids[:, :1], past_key_values=cache).last_hidden_state)
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_a_capture_reads_every_step_of_a_static_cache():
+    model = build("llama")
+    with capture(model) as calls:
+        write(model, "regard", "llama", cache_implementation="static")
+    assert len(calls) == 2 * STEPS
+    for call in calls:
+        torch.testing.assert_close(call.matrix @ call.value, call.output, **CLOSE)
 
 
 def test_beam_search_finds_the_beams_of_eager():
@@ -111,6 +151,17 @@ def test_gradient_checkpointing_recomputes_the_same_gradients_and_dropout(reentr
         model(**given).loss.backward()
         found.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_layers_of_one_forward_share_the_runs_of_their_mask(monkeypatch, mode):
+    model, found, plain = build("llama"), [], Padding.runs
+    model.set_attn_implementation("regard")
+    monkeypatch.setattr(Padding, "runs", lambda *a: found.append(a) or plain(*a))
+    with mode():
+        for times in (1, 2):
+            model(**inputs("llama", "left"))
+            assert len(found) == times
 
 
 def test_weights_have_gradients():

@@ -19,7 +19,9 @@ The documents of `cu_seq_lens_q` and `cu_seq_lens_k` are honoured, as flash atte
 and "sdpa" ignore them, and packed tokens see the documents before their own.
 
 What a model asks of its attention and regard does not compute raises ModelError.
-Cost: O(n) memory; a mask function that is not known here is asked about every pair once.
+Cost: O(n) memory; a mask function that is not known here is asked about every pair once. Keys of a
+static cache, which later steps overwrite, are copied where attentions are asked for; where they
+are not, hooks on attention layers find None in the place of the matrix.
 Source: transformers, integrations/sdpa_attention.py and masking_utils.py, which say what the
 arguments mean.
 
@@ -47,6 +49,7 @@ from regard.look.record import HARMLESS, READ, split_mask
 from regard.mask import Causal, Dense, Documents, Mask
 from regard.matrix import Attention, attention
 from regard.normalizer import Softmax
+from regard.opaque import opaque
 from regard.position.base import Bias, Position
 from regard.score import Dot
 
@@ -54,6 +57,7 @@ OLDEST = "5.8"  # the oldest that was tried; 5.3 describes masks in another way
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils import output_capturing
 
     from regard.hf.masks import Structure, structure
 except ImportError as error:
@@ -75,10 +79,11 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     **asked: Any,
-) -> tuple[Tensor, Attention]:
+) -> tuple[Tensor, Attention | None]:
     """Do the work of `AttentionInterface`: (output [batch, n, heads, e], the matrix A).
 
     The parameters are Hugging Face's, and `asked` is what else a layer or its caller names.
+    No matrix where its keys will be overwritten and nobody asks for it (see `_to_keep`).
     """
     _check(module, asked)
     query, key, value = _autocast(query, key, value)
@@ -95,7 +100,7 @@ def attend(
         dropout=Dropout(float(dropout)) if dropout and module.training else None,
     )
     output = (matrix @ value).transpose(1, 2).contiguous()
-    return output, _to_keep(matrix)
+    return output, _to_keep(matrix, asked)
 
 
 def _check(module: nn.Module, asked: Mapping[str, Any]) -> None:
@@ -190,15 +195,31 @@ def _packed(
     return Documents(*ids)
 
 
-def _to_keep(matrix: Attention) -> Attention:
+@opaque
+def _to_keep(matrix: Attention, asked: Mapping[str, Any]) -> Attention | None:
     """The matrix for looking at it later, when a static cache has overwritten its keys.
 
-    Such keys have been written to in place; inference tensors do not tell.
+    Such keys have been written to in place; inference tensors do not tell. They are copied where
+    attentions are asked for; else there is no matrix, rather than one that changes later.
     """
     key = matrix.key
-    if key.is_inference() or key._version:
-        return replace(matrix, key=key.clone())
-    return matrix
+    if not (key.is_inference() or key._version):
+        return matrix
+    return replace(matrix, key=key.clone()) if _is_asked_for(asked) else None
+
+
+def _is_asked_for(asked: Mapping[str, Any]) -> bool:
+    """Whether somebody may read the matrix of a call.
+
+    Not every layer hands on what its model is asked (GPT-2's does not): a model collects the
+    results of its layers by hooks, into what `capture_outputs` sets (transformers,
+    utils/output_capturing.py). Outside of such models anybody may read it.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    if collected is None or asked.get("output_attentions"):
+        return True
+    return any("attentions" in name for name in collected)
 
 
 def register() -> None:

@@ -126,8 +126,9 @@ def _wrapped_interface(
                     "whose masks cannot be read here; what works: "
                     "model.set_attn_implementation('sdpa') or 'eager'"
                 )
+            wanted = {"output_attentions": True} if implementation == "regard" else {}
             with sdpa.muted():
-                result = inner(module, query, key, value, attention_mask, **kwargs)
+                result = inner(module, query, key, value, attention_mask, **{**kwargs, **wanted})
             asked = kwargs.get("is_causal")
             asked = getattr(module, "is_causal", True) if asked is None else asked
             # sdpa turns the flag into a triangle only without a mask and for more than one query;
@@ -155,7 +156,7 @@ def _pairs(matrix: Attention) -> dict[str, Any]:
     runs = matrix.runs
     if runs is None:
         return {"mask": None, "causal": False}
-    triangle = compile_mask(Causal(), *matrix.shape[-2:], matrix.device)
+    triangle = compile_mask(Causal(), runs.rows, runs.columns, matrix.device)
     names = ("offsets", "start", "stop")
     if runs.batch == () and all(
         torch.equal(getattr(runs, name), getattr(triangle, name)) for name in names
