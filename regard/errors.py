@@ -38,7 +38,7 @@ class DtypeError(RegardError, TypeError):
 
 
 class DeviceError(RegardError, ValueError):
-    """Tensors that live on different devices."""
+    """Tensors that live on different devices, or on one that has no numbers."""
 
 
 class FormError(RegardError, ValueError):
@@ -192,6 +192,16 @@ def check_device(what: object, tensors: Iterable[Tensor], device: torch.device) 
                 f"{what} holds a tensor on {tensor.device} but query is on {device}; "
                 f"build it with tensors moved by .to({str(device)!r})."
             )
+
+
+def check_numbers(device: torch.device) -> None:
+    """Raise on the meta device, whose tensors have a shape and no numbers."""
+    if device.type == "meta":
+        raise DeviceError(
+            "query and key are on the meta device, which has shapes and no numbers; tiles and the "
+            "runs of masks are made of numbers. What works: .to_empty(device=...) and weights, or "
+            "for shapes alone torch.compile and torch.export, whose fake tensors have a device."
+        )
 
 
 def check_width(query: Tensor, key: Tensor, score: object) -> None:

@@ -156,6 +156,7 @@ class Attention(Factor, Looking):
         """The mask as each row's visible keys, or None if every row sees every key."""
         if self.mask is None:
             return None
+        errors.check_numbers(self.device)
         return compile_mask(self.mask, self.shape[-2], self.shape[-1], self.device)
 
     @cached_property

@@ -35,6 +35,7 @@ from regard import (
 # Two batch entries, four heads on two key heads, five queries, six keys, width eight.
 QUERY, KEY, VALUE = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 6, 8), torch.ones(2, 2, 6, 3)
 MATRIX = attention(QUERY, KEY)
+META = attention(QUERY.to("meta"), KEY.to("meta"))
 
 
 def ones(*shape, **kind):
@@ -86,6 +87,14 @@ OPERANDS = {
     "value integers": (DtypeError, ["int64", ".float()"], lambda: MATRIX @ VALUE.long()),
     "value device": (DeviceError, ["meta", "cpu"], lambda: MATRIX @ VALUE.to("meta")),
     "value not a tensor": (DtypeError, ["ndarray"], lambda: MATRIX @ VALUE.numpy()),
+    "no numbers": (DeviceError, ["meta", "fake"], lambda: META @ VALUE.to("meta")),
+    "no numbers, transposed": (DeviceError, ["meta"], lambda: META.mT @ QUERY.to("meta")),
+    "no numbers, looked at": (DeviceError, ["meta"], META.received),
+    "no numbers, masked": (
+        DeviceError,
+        ["meta", "runs"],
+        lambda: attention(META.query, META.key, mask=Causal()) @ VALUE.to("meta"),
+    ),
     "transpose length": (ShapeError, ["5", "(2, 2, 6, 3)"], lambda: MATRIX.mT @ VALUE),
     "transpose heads": (
         ShapeError,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regard import errors
 from regard.form import fused
 from regard.form.first_order import FirstOrder, check_transforms, once
 from regard.form.tiled_grad import Backward
@@ -75,6 +76,7 @@ def logsumexp_of(row: Row) -> Tensor:
 
 
 def _apply(matrix: Attention, x: Tensor, *, transposed: bool) -> tuple[Tensor, Row]:
+    errors.check_numbers(matrix.device)
     query, key = matrix.rule.operands(matrix.query, matrix.key)
     tiles = Tiles.of(matrix)
     run: Any = _Product.apply  # torch leaves its type out
