@@ -242,7 +242,7 @@ def log_kept(log_decay: Tensor, i: Tensor, j: Tensor) -> Tensor:
             [[-3.],
              [-2.]]])
     """
-    after = (i[:, None] >= j)[..., None]
+    sees = (i[:, None] >= j)[..., None]
     steps = (i[:, None] - j)[..., None]
     if log_decay.shape[-2] == 1:
         total = torch.where(steps == 0, 0, log_decay[..., None, :] * steps)
@@ -251,17 +251,17 @@ def log_kept(log_decay: Tensor, i: Tensor, j: Tensor) -> Tensor:
     else:
         first, middle, last = int(j.min()), int(j.max()), int(i.max())
         if int(i.min()) >= middle:  # the tile is below the diagonal: two vectors of sums say all
-            to_middle = _after(log_decay[..., first + 1 : middle + 1, :])
+            to_middle = after(log_decay[..., first + 1 : middle + 1, :])
             more = log_decay[..., middle + 1 : last + 1, :].cumsum(-2)
             more = torch.cat([torch.zeros_like(log_decay[..., :1, :]), more], -2)
             return more[..., i - middle, None, :] + to_middle[..., None, j - first, :]
         between = torch.arange(first + 1, max(last, first) + 1, device=i.device)
         passed = (between <= i[:, None])[..., None]
         rows = torch.where(passed, log_decay[..., None, between, :], 0)
-        total = _after(rows)[..., (j - first).clamp(max=between.numel()), :]
-    return torch.where(after, total, -torch.inf)
+        total = after(rows)[..., (j - first).clamp(max=between.numel()), :]
+    return torch.where(sees, total, -torch.inf)
 
 
-def _after(x: Tensor) -> Tensor:
+def after(x: Tensor) -> Tensor:
     """Sums over axis -2 of what comes after each place, from before the first to after the last."""
     return F.pad(x.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))

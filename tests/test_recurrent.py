@@ -27,7 +27,7 @@ from regard import (
     Window,
     attention,
 )
-from regard.feature_map import Hedgehog, identity
+from regard.feature_map import Hedgehog, identity, unit
 from regard.form import chunks, recurrent
 from regard.form.recurrent import recur
 
@@ -68,7 +68,7 @@ def cancellation(matrix):
     return float((size / total.abs()).max().clamp(min=1)) if size.numel() else 1.0
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("chunk", [3, 4])
 @pytest.mark.parametrize("score", SCORES)
 @given(
     mask=st.sampled_from(HELD),
@@ -93,6 +93,43 @@ def test_form_equals_dense(score, chunk, mask, position, normalizer, sizes, seed
     x = laws.Draw(seed, torch.float64).normal(sizes.batch, sizes.heads, sizes.n, 3)
     one, other = (matrix.mT.matmul(x, form=form) for form in ("recurrent", "dense"))
     assert_rounding({"transposed": one.detach()}, {"transposed": other.detach()}, factor**3)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def lanes(*shape):
+    return random(*shape, 9, 6, seed=len(shape)).abs().requires_grad_() / 40
+
+
+SHARED = {
+    "decays of heads, delta": (2, {"log_decay": -lanes(4), "beta": 0.3}),
+    "decays of heads that all tokens share": (1, {"log_decay": -lanes(4)[:, :1]}),
+    "decays of heads, erasing of all": (4, {"log_decay": -lanes(4), "erase": (lanes(), lanes())}),
+    "decays of all, erasing of heads": (1, {"log_decay": -lanes(), "erase": (lanes(4), lanes(1))}),
+    "decays of batch entries, erasing of heads": (
+        2,
+        {"log_decay": -lanes(3, 1), "erase": (lanes(4), lanes(2, 4)[:1])},
+    ),
+    "one number for a batch entry": (2, {"log_decay": -lanes(3, 1)[..., :1], "beta": 0.3}),
+    "betas of heads and batch entries": (2, {"beta": lanes(3, 4)[..., :1]}),
+}
+"""Key heads, and tensors that have batch entries and heads which queries or keys lack."""
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 16])
+@pytest.mark.parametrize("name", SHARED)
+def test_every_part_may_have_lanes_of_its_own(name, chunk):
+    """Heads, key heads and batch entries of decays and erasing broadcast with those of the keys."""
+    chunks.CHUNK = chunk  # the fixture sets it back
+    key_heads, parts = SHARED[name]
+    batch = max(x.shape[0] if x.dim() > 3 else 1 for x in Features(unit, **parts).tensors())
+    query = random(batch, 4, 9, 6).requires_grad_()
+    key, value = random(2, 1, key_heads, 9, 6).requires_grad_()
+    A = attention(query, key, score=Features(unit, **parts), mask=Causal(), normalizer=Identity())
+    assert A.explain(value).form == "recurrent"
+    assert_rounding(*(results(A, value, form) for form in ("recurrent", "dense")), 1)
 
 
 class Quotient:
@@ -136,10 +173,6 @@ def test_low_precision_error_is_at_most_twice_that_of_dense(score, normalizer, d
     for name, total in squares.items():
         error, dense = total**0.5, allowed[name] ** 0.5
         assert error <= 2 * dense + 1, f"{name}: {error:.2f} roundings, dense {dense:.2f}"
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 Q, K, V = random(3, 2, 4, 20, 6).unbind(0)
@@ -250,3 +283,17 @@ def test_it_differentiates_twice_and_under_inference_mode():
     A = attention(Q, K, mask=Causal(), **LINEAR)
     torch.testing.assert_close(found[0], A.mT.matmul(V, form="dense"))
     torch.testing.assert_close(found[1], A.matmul(V, form="dense"))
+
+
+def test_the_transpose_trains_what_only_phi_reads():
+    """And it has no graph where nothing learns."""
+    weight = random(6, 6).requires_grad_()
+    parts = {"mask": Causal(), "normalizer": RowSum()}
+    A = attention(Q, K, score=Features(lambda x: (x @ weight).exp()), **parts)
+    found = {form: A.mT.matmul(V, form=form) for form in ("recurrent", "dense")}
+    assert A.explain(V).form == "recurrent"
+    one, other = (torch.autograd.grad(x.square().sum(), weight)[0] for x in found.values())
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert not (attention(Q, K, score=Features(), **parts).mT @ V).requires_grad
+    with torch.no_grad():
+        assert not (A.mT @ V).requires_grad

@@ -25,8 +25,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from regard.features import after
 
 # Of 32, 64 and 128 the fastest forward and backward, n = 4096 and width 64 on one core with AVX2,
 # without a decay, with one number for each head, and with one for each token.
@@ -70,13 +71,13 @@ def broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(next((size for size in axis if size != 1), 1) for axis in zip(*whole, strict=True))
 
 
-def scan(tokens: Tokens, state: Tensor, chunk: int | None = None) -> tuple[Tensor | None, Tensor]:
+def scan(tokens: Tokens, state: Tensor) -> tuple[Tensor | None, Tensor]:
     """Outputs [*lanes, n, e] of all tokens, and the state after them."""
     n = tokens.key.shape[-2]
     if n == 1:
         return step(tokens, state)
     outputs = []
-    for piece, size in _pieces(tokens, min(chunk or CHUNK, max(n, 1))):
+    for piece, size in _pieces(tokens, min(CHUNK, max(n, 1))):
         output, state = _again(piece, state, size)
         outputs.append(output)
     if tokens.query is None:
@@ -206,12 +207,17 @@ def _decays(decay: Tensor | None, chunk: int) -> tuple[Any, ...]:
     if decay is None:
         return (lambda x, y: (x @ y.mT).tril()), None, None, None
     enter = decay.cumsum(-2)
-    leave = F.pad(decay[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    leave = after(decay[..., 1:, :])
     factors = enter.exp(), leave.exp(), enter[..., -1:, :].exp().mT
     if decay.shape[-1] > 1:
-        return (lambda x, y: _by_channel(x, y, decay)), *factors
+        return (lambda x, y: _by_channel(_in_lanes(x, y, decay), y, decay)), *factors
     kept = _log_kept(decay[..., 0]).exp()
     return (lambda x, y: (x @ y.mT) * kept), *factors
+
+
+def _in_lanes(x: Tensor, *others: Tensor) -> Tensor:
+    """x, expanded so that its own axes hold every lane: halves are then alike in all of them."""
+    return x.expand(*broadcast([each.shape[:-2] for each in (x, *others)]), *x.shape[-2:])
 
 
 def _log_kept(decay: Tensor) -> Tensor:
@@ -234,7 +240,7 @@ def _by_channel(x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
         return (x * y).sum(-1, keepdim=True)
     half = size // 2
     (x0, x1), (y0, y1), (g0, g1) = (z.split([half, size - half], -2) for z in (x, y, decay))
-    to_middle = F.pad(g0[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    to_middle = after(g0[..., 1:, :])
     below = (x1 * g1.cumsum(-2).exp()) @ (y0 * to_middle.exp()).mT
     above = below.new_zeros(()).expand(*below.shape[:-2], half, size - half)
     if size % 2 == 0:

@@ -33,6 +33,7 @@ from regard.opaque import opaque
 from regard.position.base import Position, terms
 from regard.position.toeplitz import Alibi
 from regard.score import PositionOnly
+from regard.trace import graph_leaves
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
@@ -143,16 +144,20 @@ def product(matrix: Attention, value: Tensor) -> Tensor:
 
 def product_transposed(matrix: Attention, x: Tensor) -> Tensor:
     """The transpose of the matrix times x: the gradient of x . (A v) with respect to v."""
-    batch = matrix.shape[:-2]
+    batch, graph = matrix.shape[:-2], torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         if matrix.query.is_inference() or x.is_inference():  # autograd cannot keep such tensors
             matrix, x = _cloned(matrix), x.clone()
         lanes = torch.broadcast_shapes(batch, x.shape[:-2])
         value = x.new_zeros(*lanes, matrix.shape[-1], x.shape[-1]).requires_grad_()
         output = product(matrix, value)
-        graph = any(t.requires_grad for t in (matrix.query, matrix.key, x, *matrix.rule.tensors()))
+        if graph:  # phi, too, may read what learns: a module does, or a function with a closure
+            known = (matrix.query, matrix.key, x, *matrix.rule.tensors())
+            graph = any(tensor.requires_grad for tensor in known) or any(
+                leaf is not value for leaf in graph_leaves(output)
+            )
         (found,) = torch.autograd.grad(output, value, x.expand_as(output), create_graph=graph)
-    return found if torch.is_grad_enabled() else found.detach()
+    return found if graph else found.detach()
 
 
 def _cloned(matrix: Attention) -> Attention:
