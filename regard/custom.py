@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Custom(Score):
     dtype: torch.dtype = torch.float32
     captured: tuple[Tensor, ...] = ()
     originals: tuple[int, ...] = ()
+
+    foreign: ClassVar[bool] = True
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         wide = query.dtype

@@ -9,6 +9,7 @@ Without either it is linear attention; `regard.form.recurrent` computes all of i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -101,6 +102,11 @@ class Features(Score):
             object.__setattr__(self, "erase", tuple(self.erase))
             for given in self.erase:
                 errors.check_tensor("Features' erase", given, shape=AXES)
+
+    @property
+    def foreign(self) -> bool:  # type: ignore[override]
+        """True for maps that may hold tensors: all but functions without closure and defaults."""
+        return not (_is_plain(self.map) and (self.key_map is None or _is_plain(self.key_map)))
 
     @property
     def recurs(self) -> bool:
@@ -222,6 +228,12 @@ class Features(Score):
         if isinstance(self.log_decay, Tensor) and self.log_decay.shape[-1] > 1:
             return 3 * self.log_decay.shape[-1]
         return 1 if self.log_decay is None else 3
+
+
+def _is_plain(map: FeatureMap) -> bool:
+    if not isinstance(map, FunctionType):
+        return False
+    return not (map.__closure__ or map.__defaults__ or map.__kwdefaults__)
 
 
 def _width(map: FeatureMap, x: Tensor) -> int:

@@ -24,10 +24,10 @@ class Rule(Part):
 
     @staticmethod
     def of(score: Score, position: Position | None, normalizer: Normalizer) -> Rule:
-        """The rule of some parts; one for all matrices of parts that hold no tensors."""
+        """The rule of some parts; one for all matrices of parts that hold nothing large."""
         parts = (score, position, normalizer)
         placed = position is not None and position.tensors()
-        holds = placed or score.tensors() or normalizer.tensors()
+        holds = placed or score.tensors() or normalizer.tensors() or score.foreign
         if holds or torch.compiler.is_compiling():  # a rule that is kept would keep them alive
             return Rule(*parts)
         return _shared(*parts)

@@ -25,6 +25,9 @@ class Score(Part):
     whole_rows: ClassVar[bool] = False
     """Whether the score of one pair depends on other keys, so that a tile must be whole rows."""
 
+    foreign: ClassVar[bool] = False
+    """Whether it holds a function of the caller's, which may hold anything: it is not kept."""
+
     def prepare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Do the work of single tokens: [*, h, n, d], [*, g, m, d] -> the same axes."""
         return query, key

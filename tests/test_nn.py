@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+import regard
 from regard import (
     Additive,
     Alibi,
     Attention,
     Bias,
     Causal,
+    Features,
+    RowSum,
     ShapeError,
     Softmax,
 )
-from regard.nn import SelfAttention
+from regard.nn import RecurrentAttention, SelfAttention
 
 torch.manual_seed(0)
 
@@ -112,3 +119,34 @@ def test_wrong_sizes_say_what_is_wrong():
         SelfAttention(16, 4, num_kv_heads=3)
     with pytest.raises(ShapeError, match=r"\(2, 5, 12\).*16 channels"):
         SelfAttention(16, 4)(torch.randn(2, 5, 12))
+
+
+@pytest.mark.parametrize("kind", [SelfAttention, RecurrentAttention])
+def test_a_module_may_be_a_feature_map(kind):
+    """It is trained, saved, copied and moved with its layer, and it may be exchanged."""
+    own = {"map": nn.Linear(4, 3)}
+    if kind is SelfAttention:
+        own = {"score": Features(nn.Linear(4, 3), nn.Linear(4, 3)), "normalizer": RowSum(1e-6)}
+    layer, x = kind(16, 4, **own).double(), torch.randn(2, 7, 16, dtype=torch.float64)
+    assert {"score.map.weight", "score.map.bias"} <= set(layer.state_dict())
+    output, _ = layer(x, mask=None)
+    output.square().sum().backward()
+    assert layer.score.map.weight.grad.abs().sum() > 0
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.score.map.weight.mul_(2)
+    assert not torch.allclose(twin(x)[0], output)
+    assert torch.equal(layer(x)[0], output)
+    twin.score.map = layer.score.map
+    assert torch.equal(twin(x)[0], output)
+
+
+def test_a_feature_map_lives_as_long_as_its_owner():
+    module, weight = nn.Linear(4, 4), torch.zeros(4, 4)
+    seen = [weakref.ref(module), weakref.ref(weight)]
+    for map in (module, lambda x, weight=weight: x @ weight, lambda x: x @ weight):
+        A = regard.attention(torch.zeros(5, 4), torch.zeros(5, 4), score=Features(map))
+        del A, map
+    del module, weight
+    gc.collect()
+    assert [reference() for reference in seen] == [None, None]
