@@ -57,7 +57,7 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
         errors.check_factor("value", matrix.shape, value, errors.heads_of(matrix.key))
     name = form.choose(matrix)
     lanes = matrix.shape[:-2].numel()
-    width, out = matrix.query.shape[-1], (matrix.key if value is None else value).shape[-1]
+    out = (matrix.key if value is None else value).shape[-1]
     n = matrix.shape[-2]
     pairs_in_all = matrix.shape.numel()
     if matrix.runs is None:
@@ -70,9 +70,10 @@ def explain(matrix: Attention, value: Tensor | None) -> Explanation:
     inputs += (matrix.key if value is None else value).numel()
     module = form.FORMS[name]
     kernel, memory, tile = module.kernel(matrix)
-    if hasattr(module, "flops"):  # that are not so many for each pair
+    if hasattr(module, "flops"):  # of other work than pair by pair
         flops = module.flops(matrix, out)
     else:
+        width = matrix.score.compared(matrix.query)
         flops = pairs * (matrix.score.flops_per_pair(width) + 2 * out)
     return Explanation(
         matrix=repr(matrix),

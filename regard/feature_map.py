@@ -100,7 +100,8 @@ class Affine(Part):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map vectors [*batch, heads, n, width] to features."""
-        return torch.relu(_times(x, self.weight) + self.bias.to(x.dtype)[..., None, :])
+        bias = self.bias.to(x.dtype)[..., None, :]
+        return torch.relu(grouped.match(_times(x, self.weight), errors.heads_of(bias)) + bias)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

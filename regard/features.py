@@ -8,9 +8,11 @@ Without either it is linear attention; `regard.form.recurrent` computes all of i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +56,8 @@ class Features(Score):
         state before its decay, is read = -kappa e^-log_decay.
     offset: token of the first query, where queries continue a sequence of cached keys
 
-    Cost: 2 f flops per pair, f d exponentials more with a decay for each channel; see
-    `regard.form.recurrent` for O(n).
+    Cost, pair by pair: 2 f flops for f features, 2 more with a decay, 4 f with one for each
+    channel, 7 f with erasing; see `regard.form.recurrent` for O(n).
     Katharopoulos et al. 2020, arXiv:2006.16236; Sun et al. 2023 (RetNet), arXiv:2307.08621; Dao, Gu
     2024 (Mamba-2), arXiv:2405.21060; Yang et al. 2024 (GLA, DeltaNet, Gated DeltaNet),
     arXiv:2312.06635, arXiv:2406.06484, arXiv:2412.06464; Kimi Team 2025 (KDA), arXiv:2510.26692.
@@ -93,6 +95,12 @@ class Features(Score):
                 errors.check_tensor(f"Features' {name}", given, shape=AXES)
             elif given is not None:
                 errors.check_number(f"Features' {name}", given)
+        decay = self.log_decay
+        if not isinstance(decay, Tensor) and decay is not None and not decay <= 0:
+            raise ValueError(
+                f"Features' log_decay is the natural logarithm of what is kept, at most 0, not "
+                f"{decay!r}; to keep 0.9 of the state at each token give math.log(0.9)."
+            )
         if self.erase is not None:
             if self.beta is not None:
                 raise ValueError(
@@ -224,10 +232,25 @@ class Features(Score):
                     f"tokens and {features} features; it must be [*batch, heads, {wanted}]."
                 )
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether each channel has a decay of its own."""
+        return isinstance(self.log_decay, Tensor) and self.log_decay.shape[-1] > 1
+
     def numbers_per_pair(self, width: int) -> int:
-        if isinstance(self.log_decay, Tensor) and self.log_decay.shape[-1] > 1:
+        if isinstance(self.log_decay, Tensor) and self.by_channel:
             return 3 * self.log_decay.shape[-1]
         return 1 if self.log_decay is None else 3
+
+    def compared(self, query: Tensor) -> int:
+        return _width(self.map, query)
+
+    def flops_per_pair(self, width: int) -> int:
+        if self.erases:  # two dot products, a vector that is added and one that is multiplied
+            return 7 * width
+        if self.by_channel:  # two products, an exponential and a sum
+            return 4 * width
+        return 2 * width + (0 if self.log_decay is None else 2)
 
 
 def _is_plain(map: FeatureMap) -> bool:
@@ -237,8 +260,18 @@ def _is_plain(map: FeatureMap) -> bool:
 
 
 def _width(map: FeatureMap, x: Tensor) -> int:
-    """How many features a vector has."""
-    return map(x.new_zeros(*x.shape[:-2], 1, x.shape[-1])).shape[-1]
+    """How many features a vector has: the map is called once for each width."""
+    known: dict[int, int] = {}
+    if not torch.compiler.is_compiling():
+        with suppress(TypeError):  # of what has no hash, or no weak references
+            known = _WIDTHS.setdefault(map, known)
+    if x.shape[-1] not in known:
+        with torch.no_grad():
+            known[x.shape[-1]] = map(x.new_zeros(*x.shape[:-2], 1, x.shape[-1])).shape[-1]
+    return known[x.shape[-1]]
+
+
+_WIDTHS: WeakKeyDictionary[FeatureMap, dict[int, int]] = WeakKeyDictionary()
 
 
 def log_kept(log_decay: Tensor, i: Tensor, j: Tensor) -> Tensor:

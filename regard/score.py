@@ -47,8 +47,12 @@ class Score(Part):
         """How many numbers a tile holds for each pair: what decides the tile's size."""
         return 1
 
+    def compared(self, query: Tensor) -> int:
+        """The width of what a pair compares: of prepared queries."""
+        return query.shape[-1]
+
     def flops_per_pair(self, width: int) -> int:
-        """Floating point operations for one pair."""
+        """Floating point operations for one pair of vectors of the width that is `compared`."""
         return 2 * width
 
 
@@ -115,6 +119,9 @@ class Bilinear(Score):
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return Dot(self.scale).pair(query, key, i, j)
+
+    def compared(self, query: Tensor) -> int:
+        return self.weight.shape[-1]
 
     def check(self, query: Tensor, key: Tensor) -> None:
         given, wanted = (query.shape[-1], key.shape[-1]), tuple(self.weight.shape[-2:])

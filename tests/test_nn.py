@@ -142,11 +142,14 @@ def test_a_module_may_be_a_feature_map(kind):
 
 
 def test_a_feature_map_lives_as_long_as_its_owner():
-    module, weight = nn.Linear(4, 4), torch.zeros(4, 4)
-    seen = [weakref.ref(module), weakref.ref(weight)]
-    for map in (module, lambda x, weight=weight: x @ weight, lambda x: x @ weight):
-        A = regard.attention(torch.zeros(5, 4), torch.zeros(5, 4), score=Features(map))
-        del A, map
-    del module, weight
+    def maps():
+        module, weight = nn.Linear(4, 4), torch.zeros(4, 4)
+        seen.extend([weakref.ref(module), weakref.ref(weight)])
+        return module, lambda x, weight=weight: x @ weight, lambda x: x @ weight
+
+    seen = []
+    for map in maps():
+        regard.attention(torch.zeros(5, 4), torch.zeros(5, 4), score=Features(map))
+    del map
     gc.collect()
     assert [reference() for reference in seen] == [None, None]

@@ -27,7 +27,7 @@ from regard import (
     Window,
     attention,
 )
-from regard.feature_map import Hedgehog, identity, unit
+from regard.feature_map import Affine, Hedgehog, identity, unit
 from regard.form import chunks, recurrent
 from regard.form.recurrent import recur
 
@@ -297,3 +297,23 @@ def test_the_transpose_trains_what_only_phi_reads():
     assert not (attention(Q, K, score=Features(), **parts).mT @ V).requires_grad
     with torch.no_grad():
         assert not (A.mT @ V).requires_grad
+
+
+def test_the_past_of_a_mask_is_found_once(monkeypatch):
+    found, real = [], recurrent.past
+    monkeypatch.setattr(recurrent, "past", lambda *a, **k: found.append(a) or real(*a, **k))
+    A = attention(Q, K, mask=Causal() & Documents(torch.arange(20) // 7), **LINEAR)
+    A @ V
+    assert len(found) == 1
+
+
+def test_a_decay_that_is_a_growth_is_explained():
+    with pytest.raises(ValueError, match="log_decay is the natural logarithm"):
+        Features(log_decay=0.9)
+
+
+def test_heads_with_biases_of_their_own_may_share_keys_and_a_weight():
+    score = Features(Affine(random(6, 5).abs(), random(4, 5).abs()))
+    A = attention(Q, K[:, :2], score=score, mask=Causal(), normalizer=RowSum())
+    one, other = (A.matmul(V[:, :2], form=form) for form in ("recurrent", "dense"))
+    torch.testing.assert_close(one, other)

@@ -9,7 +9,8 @@ With G_ts the sum of g over tokens s + 1 to t of a chunk of C tokens, and S the 
     S' = diag(e_C) S + (f k)^T V + (f b)^T U
 C = 1 is the RNN, C = n is attention, and all chunks of a piece are done at once but for S.
 reference  regard/features.py::Features.pair
-work       2 n (C (d + e) + 2 d e) flops; with erasing about 2 n (2 C (d + e) + 4 d e + d^2) more
+work       2 n (C (d + e) + 2 d e) flops; with erasing
+           2 n (C (7 d + 5 e) / 2 + 2 d e + d^2 + d^2 e / C) more
 memory     inputs, outputs, a state for each piece, and the work of one, which backward does again
 precision  every exponent is a sum of numbers of one sign, at most 0: nothing overflows, and -inf
            forgets; no differences of running sums

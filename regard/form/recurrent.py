@@ -4,7 +4,7 @@ output_t = S_t^T q_t, where S_t holds all that the tokens up to t left behind; s
 algorithm. Without a mask one state of all tokens serves every query: phi(Q) (phi(K)^T V).
 RowSum divides by the same recurrence of a value that is 1: a column of ones beside the values.
 reference  regard/form/dense.py::product
-work       see regard/form/chunks.py; 4 n d e without a mask
+work       see regard/form/chunks.py; 2 (n + m) d e without a mask
 precision  float32 at least; under RowSum numerator and denominator round apart, so that gradients
            of queries and keys in float32 have up to about 2.5 times the error of dense, where they
            share their scores (tests/test_recurrent.py: twice that of a dense quotient)
@@ -100,41 +100,72 @@ def _needs_mask(matrix: Attention) -> str:
 
 
 def _past(matrix: Attention) -> Past | None:
-    """What each row sees, if a state can hold it."""
+    """What each row sees, if a state can hold it; found once for a matrix."""
+    if "_past" in matrix.__dict__:
+        kept: Past | None = matrix.__dict__["_past"]
+        return kept
     score, position = matrix.score, matrix.position
     offset = score.offset if isinstance(score, Features) and score.recurs else None
     if isinstance(score, PositionOnly) and isinstance(position, Alibi):
         offset = position.offset
-    return past(matrix, offset, implied=isinstance(score, Features))
+    found = matrix.__dict__["_past"] = past(matrix, offset, implied=isinstance(score, Features))
+    return found
 
 
 def pays(matrix: Attention) -> bool:
-    """Whether nothing else that applies is faster: kernels do short position-only matrices."""
-    short = type(matrix.score) is PositionOnly and matrix.shape[-2] < SHORT
-    return not short or fused.needs(matrix) is not None
+    """Whether nothing else that applies is faster.
+
+    All queries and keys meet a state once, and visible pairs each other elsewhere: for few queries
+    of many keys that is less. Two cores: at width 64 both took as long for 128 tokens, and for one
+    query of 4096 keys pairs took a fifth. Kernels do short position-only matrices.
+    """
+    score, (n, m) = matrix.score, matrix.shape[-2:]
+    if isinstance(score, Features) and score.erases:  # elsewhere keys come one after the other
+        return True
+    if type(score) is PositionOnly and n < SHORT and fused.needs(matrix) is None:
+        return False
+    pairs: float = n * m
+    if matrix.runs is not None:
+        counts = matrix.runs.counts()
+        pairs = float(counts.sum()) * n / max(counts.numel(), 1)
+    features, out = _features(matrix), matrix.key.shape[-1]
+    return 2 * (n + m) * features * out <= pairs * (score.flops_per_pair(features) + 2 * out)
+
+
+def _features(matrix: Attention) -> int:
+    return 1 if type(matrix.score) is PositionOnly else matrix.score.compared(matrix.query)
 
 
 def kernel(matrix: Attention) -> tuple[str, int, int]:
     """What `explain` says: the code that runs, bytes beyond inputs and outputs, side of a tile."""
-    size = compute_dtype(matrix.dtype).itemsize
-    d, lanes = matrix.query.shape[-1], math.prod(matrix.shape[:-2])
+    size, score = compute_dtype(matrix.dtype).itemsize, matrix.score
+    d, lanes = _features(matrix), math.prod(matrix.shape[:-2])
     if not _causal(matrix):
         return "one state of all keys, in PyTorch", lanes * d * d * size, 1
-    tokens = min(matrix.shape[-2], max(chunks.PIECE_NUMBERS // max(lanes * chunks.CHUNK, 1), 1))
-    piece = lanes * tokens * (3 * chunks.CHUNK + 6 * d) * size
-    return "a state and chunks of tokens, in PyTorch, backward recomputes", piece, chunks.CHUNK
+    erases = isinstance(score, Features) and score.erases
+    by_channel = isinstance(score, Features) and score.by_channel
+    numbers = chunks.CHUNK + by_channel * d
+    tokens = min(matrix.shape[-1], max(chunks.PIECE_NUMBERS // max(lanes * numbers, 1), 1))
+    # Counted with torch's profiler, for widths of 16 and 64 (tests/test_recurrent.py).
+    held = 3 * chunks.CHUNK + (6 + 15 * erases + 6 * by_channel) * d
+    how = "a state and chunks of tokens, in PyTorch, backward recomputes"
+    return how, lanes * tokens * held * size, chunks.CHUNK
 
 
 def flops(matrix: Attention, out: int) -> int:
-    """Of the forward product with values of width `out`."""
-    d, tokens = matrix.query.shape[-1], math.prod(matrix.shape[:-2]) * matrix.shape[-1]
-    score = matrix.score
-    if not _causal(matrix):
-        return 4 * tokens * d * out
-    once = 2 * tokens * (chunks.CHUNK * (d + out) + 2 * d * out)
-    erases = isinstance(score, Features) and score.erases
-    more = 2 * tokens * (2 * chunks.CHUNK * (d + out) + 4 * d * out + d * d)
-    return once + (more if erases else 0)
+    """Of the forward product with values of width `out`, counted as `chunks` does."""
+    (n, m), lanes = matrix.shape[-2:], math.prod(matrix.shape[:-2])
+    d, e = _features(matrix), out + (not isinstance(matrix.normalizer, Identity))
+    found = _past(matrix)
+    if found is None or found.offset is None:
+        return 2 * lanes * (n + m) * d * e
+    tokens = max(n + found.offset, 0)
+    rows, chunk = min(n, tokens), min(chunks.CHUNK, max(tokens, 1))
+    once = rows * (chunk * (d + e) + d * e) + tokens * d * e
+    if isinstance(matrix.score, Features) and matrix.score.erases:
+        solved = chunk * (5 * d + 3 * e) // 2 + d * d + d * e + d * d * e // chunk
+        once += rows * (chunk * (d + e) + d * e) + tokens * solved
+    return 2 * lanes * once
 
 
 def product(matrix: Attention, value: Tensor) -> Tensor:
