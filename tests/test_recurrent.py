@@ -20,6 +20,7 @@ from regard import (
     Features,
     FormError,
     Identity,
+    Padding,
     PositionOnly,
     RowSum,
     ShapeError,
@@ -317,3 +318,42 @@ def test_heads_with_biases_of_their_own_may_share_keys_and_a_weight():
     A = attention(Q, K[:, :2], score=score, mask=Causal(), normalizer=RowSum())
     one, other = (A.matmul(V[:, :2], form=form) for form in ("recurrent", "dense"))
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("place", ["key", "value", "query"])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_state_keeps_nan_from_rows_that_do_not_see_it(hidden, place, key_heads):
+    """NaN in token 13 reaches the rows after it; in a padded one nobody, nor the state."""
+    inputs = {"query": Q, "key": K[:, :key_heads], "value": V[:, :key_heads]}
+    inputs = {name: x.clone() for name, x in inputs.items()}
+    inputs[place][1, 0, 13, 2] = torch.nan
+    query, key, value = inputs.values()
+    keep = torch.ones(2, 20, dtype=torch.bool)
+    keep[1, 13] = not hidden
+    A = attention(query, key, mask=Causal() & Padding(keep), **LINEAR)
+    output, state = recur(A, value)
+    torch.testing.assert_close(output, A.matmul(value, form="dense"), equal_nan=True)
+    assert output.isfinite().all(-1)[1, 0, :13].all()
+    assert output.isfinite().all(-1)[0].all()
+    spoiled = place != "query" and not hidden
+    assert state.isfinite().flatten(-2).all(-1).tolist() == [
+        [True] * key_heads,
+        [not spoiled] + [True] * (key_heads - 1),
+    ]
+    again = {name: x[..., :1, :] for name, x in (("query", Q), ("key", K[:, :key_heads]))}
+    more, _ = recur(
+        attention(*again.values(), mask=Causal(), **LINEAR), V[:, :key_heads, :1], state
+    )
+    assert more.isfinite().all(-1)[1, 0].item() != spoiled
+
+
+def test_a_state_of_other_sequences_is_explained():
+    A = attention(Q, K, mask=Causal(), **LINEAR)
+    _, state = recur(A, V)
+    with pytest.raises(ShapeError, match=r"state has shape \(2, 4, 6, 7\), but .* \(1, 4, 6, 7\)"):
+        recur(attention(Q[:1], K[:1], mask=Causal(), **LINEAR), V[:1], state)
+    with pytest.raises(ShapeError, match="leave one of"):
+        recur(A, V, torch.zeros(3, 4, 6, 7, dtype=torch.float64))
+    one, _ = recur(A, V, state[:1])
+    assert one.shape == V.shape

@@ -146,7 +146,7 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     by_channel = isinstance(score, Features) and score.by_channel
     numbers = chunks.CHUNK + by_channel * d
     tokens = min(matrix.shape[-1], max(chunks.PIECE_NUMBERS // max(lanes * numbers, 1), 1))
-    # Counted with torch's profiler, for widths of 16 and 64 (tests/test_recurrent.py).
+    # Counted with torch's profiler, for widths of 16 and 64 (tests/test_recurrent_costs.py).
     held = 3 * chunks.CHUNK + (6 + 15 * erases + 6 * by_channel) * d
     how = "a state and chunks of tokens, in PyTorch, backward recomputes"
     return how, lanes * tokens * held * size, chunks.CHUNK
@@ -228,7 +228,32 @@ def recur(matrix: Attention, value: Tensor, state: Tensor | None = None) -> tupl
     errors.check_tensor("value", value)
     errors.check_pair("value", value, "query", matrix.query)
     errors.check_factor("value", matrix.shape, value, errors.heads_of(matrix.key))
-    return _run(matrix, value, state)
+    return _shielded(matrix, value, state)
+
+
+def _shielded(matrix: Attention, value: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_run`, where NaN and infinity reach the rows that see them, and the state if the last does.
+
+    A state holds what the last row sees, but for that row's own query.
+    """
+    from regard import form  # forms together, of which this is one
+
+    if form.all_finite(matrix, value):
+        return _run(matrix, value, state)
+    bad = ~value.isfinite().all(-1)
+    clean, poisoned = form.shield(matrix, bad)
+    if poisoned is None:  # finite numbers whose sum is not
+        return _run(matrix, value, state)
+    output, after = _run(clean, value.masked_fill(bad[..., None], 0), state)
+    output = torch.where(poisoned[..., None], torch.nan, output)
+    _, by_keys = form.shield(replace(matrix, query=torch.zeros_like(matrix.query)), bad)
+    if by_keys is None or not by_keys.shape[-1]:
+        return output, after
+    last, lanes = by_keys[..., -1].float(), after.shape[:-2]
+    if lanes and last.dim() and lanes[-1] not in (1, last.shape[-1]):  # heads share a state
+        last = last.unflatten(-1, (lanes[-1], -1)).sum(-1)
+    last = last.expand(torch.broadcast_shapes(last.shape, lanes)).sum_to_size(lanes)
+    return output, torch.where(last[..., None, None] > 0, torch.nan, after)
 
 
 class Groups(NamedTuple):
@@ -373,7 +398,7 @@ def _checked(state: Tensor, start: Tensor, groups: Groups) -> Tensor:
     heads = errors.heads_of(state)
     lanes = (*start.shape[:-4], start.shape[-4] * start.shape[-3])
     fits = state.shape[-2:] == start.shape[-2:] and heads in (1, groups.shared, groups.heads)
-    if not fits:
+    if not (fits and errors.fits(state.shape[:-3], lanes[:-1])):
         raise errors.ShapeError(
             f"state has shape {errors.show(state.shape)}, but these tokens leave one of "
             f"{errors.show((*lanes, *start.shape[-2:]))}; give what `recur` returned for the "
