@@ -16,6 +16,7 @@ from regard import (
     Prefix,
     Rotary,
     RowSum,
+    ShapeError,
     Window,
 )
 from regard.feature_map import elu_plus_one, identity
@@ -197,3 +198,76 @@ def test_generation_is_that_of_the_whole_sequence(name):
     for _ in range(12):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     assert torch.equal(found, tokens[:, 3:])
+
+
+PLAIN_AND_LINEAR = [LAYERS["softmax, none"], LAYERS["linear, rotary"]]
+
+
+@pytest.mark.parametrize("parts", PLAIN_AND_LINEAR, ids=["cache", "recurrence"])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_state_is_of_one_batch(first, then, parts):
+    layer = layer_of(**parts)
+    state = layer.state()
+    layer(X[:first, :5], state=state)
+    with pytest.raises(ShapeError, match=rf"5 tokens of sequences \({first},\), .* \({then},\)"):
+        layer.step(X[:then, 5], state)
+    state.reorder(torch.zeros(then, dtype=torch.long))
+    output = layer.step(X[:1, 5].expand(then, -1), state)
+    torch.testing.assert_close(output[0], layer(X[:1, :6], mask=Causal())[0][0, 5])
+
+
+@pytest.mark.parametrize("place", [5, 8])
+def test_nan_reaches_the_same_rows_of_both_states(place):
+    """The rows from its token on, in a prompt and in steps."""
+    layer, x = layer_of(**LINEAR["linear"]), X.clone()
+    x[0, place, 3] = torch.nan
+    found = []
+    for state in (KVCache(), RecurrentState()):
+        prompt, _ = layer(x[:, :7], state=state)
+        found.append(torch.cat([prompt, layer(x[:, 7:], state=state)[0]], 1))
+    torch.testing.assert_close(*found, equal_nan=True)
+    for output in found:
+        assert output.isfinite().all(-1).sum(-1).tolist() == [place, N]
+
+
+@pytest.mark.parametrize("place", [Alibi.of(H), Rotary.of(D // H) + Alibi.of(H)])
+def test_a_layer_whose_pairs_count_has_a_cache(place):
+    layer = layer_of(**LINEAR["linear"] | {"position": place})
+    state = layer.state()
+    assert isinstance(state, KVCache)
+    torch.testing.assert_close(*whole_and_steps(layer, state, 7), rtol=1e-11, atol=1e-12)
+    layer = layer_of(**LINEAR["linear"], dropout=0.1)
+    assert isinstance(layer.state(), RecurrentState)
+    before = torch.get_rng_state()
+    assert isinstance(layer.train().state(), KVCache)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(FormError, match=r"this layer has no state: .*log_decay multiplies"):
+        RecurrentAttention(D, H, position=place).state()
+
+
+@pytest.mark.parametrize("left", [None, 5])
+def test_a_cache_goes_on_outside_of_inference_mode(left):
+    layer, cache = layer_of(), KVCache(left)
+    mask = Causal() if left is None else Window(left, 0)
+    with torch.inference_mode():
+        prompt, _ = layer(X[:, :9], state=cache)
+    with torch.no_grad():
+        steps = [layer.step(X[:, t], cache) for t in (9, 10)]
+        with torch.inference_mode():
+            steps.append(layer.step(X[:, 11], cache))
+        steps.append(layer.step(X[:, 12], cache))
+        whole, _ = layer(X[:, :13], mask=mask)
+    torch.testing.assert_close(torch.cat([prompt, torch.stack(steps, 1)], 1), whole)
+
+
+def test_steps_leave_what_backward_needs():
+    """Slopes that learn beside projections that do not: their matrix holds the cached keys."""
+    layer = layer_of(position=Alibi(torch.full((H,), 0.3, dtype=torch.float64).requires_grad_()))
+    layer.in_proj_weight.requires_grad_(False)
+    layer.in_proj_bias.requires_grad_(False)
+    (slopes,) = layer.position.parameters()
+    cache, gradients = layer.state(), []
+    stepped = torch.stack([layer.step(X[:, t], cache) for t in range(7)], 1)
+    for output in (stepped, layer(X[:, :7], mask=Causal())[0]):
+        gradients += torch.autograd.grad(output.square().sum(), slopes)
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)

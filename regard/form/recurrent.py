@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard import errors
+from regard.dropout import Dropout
 from regard.features import Features
 from regard.form import chunks, fused
 from regard.form.chunks import Tokens
 from regard.form.past import Past, past
 from regard.form.tiles import compute_dtype
-from regard.normalizer import Identity, RowSum, Softmax
+from regard.normalizer import Identity, Normalizer, RowSum, Softmax
 from regard.opaque import opaque
 from regard.position.base import Position, terms
 from regard.position.toeplitz import Alibi
@@ -44,21 +45,31 @@ SHORT = 1024
 
 def needs(matrix: Attention) -> str | None:
     """A score that factorises, RowSum or Identity, and a mask that hides the future alone."""
-    score, normalizer = matrix.score, matrix.normalizer
-    if type(score) is PositionOnly:
-        reason = _needs_alibi(matrix)
-    elif type(score) is not Features:
+    if type(matrix.score) is PositionOnly:
+        reason = _needs_alibi(matrix) or _needs_no_dropout(matrix.dropout)
+    else:
+        reason = needs_of(matrix.score, matrix.position, matrix.normalizer, matrix.dropout)
+    return reason or (_needs_mask(matrix) if _past(matrix) is None else None)
+
+
+def needs_of(
+    score: Any, position: Position | None, normalizer: Normalizer, dropout: Dropout | None
+) -> str | None:
+    """What `needs` says of any matrix of these parts, whatever its mask."""
+    if type(score) is not Features:
         return "needs a score that factorises, phi(q) . phi(k), as that of Features does."
-    elif type(normalizer) not in (RowSum, Identity):
+    if type(normalizer) not in (RowSum, Identity):
         return (
             f"needs the normalizer RowSum() or Identity(), under which weights are scores; "
             f"{normalizer} bends each of them."
         )
-    else:
-        reason = _needs_no_bias(matrix.position)
-    if reason is None and matrix.dropout is not None:
-        reason = f"has one state for all pairs, and {matrix.dropout} treats each pair by itself."
-    return reason or (_needs_mask(matrix) if _past(matrix) is None else None)
+    return _needs_no_bias(position) or _needs_no_dropout(dropout)
+
+
+def _needs_no_dropout(dropout: Dropout | None) -> str | None:
+    if dropout is None:
+        return None
+    return f"has one state for all pairs, and {dropout} treats each pair by itself."
 
 
 def _needs_no_bias(position: Position | None) -> str | None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from regard import errors
 from regard.custom import PairFunction
 from regard.dropout import Dropout
-from regard.features import Features
+from regard.form.recurrent import needs_of
 from regard.mask import Mask
 from regard.matrix import Attention, attention
 from regard.nn.cache import KVCache, Parts, RecurrentState, State
 from regard.nn.learnable import Learnable
-from regard.normalizer import Identity, Normalizer, RowSum, Softmax
+from regard.normalizer import Normalizer, Softmax
 from regard.opaque import opaque_unless
 from regard.part import Part
 from regard.position import Bias, Position
@@ -193,10 +193,18 @@ class SelfAttention(Heads):
         return None
 
     def state(self) -> State:
-        """An empty state: a `RecurrentState` where scores factorise, a `KVCache` elsewhere."""
-        score, normalizer = _built(self.score), _built(self.normalizer)
-        recurrent = isinstance(score, Features) and isinstance(normalizer, (RowSum, Identity))
-        return RecurrentState() if recurrent else KVCache()
+        """An empty state: a `RecurrentState` where scores factorise, a `KVCache` elsewhere.
+
+        A bias for each pair, or dropout in training, needs all pairs and so a `KVCache`, too.
+        """
+        return KVCache() if self._needs_pairs() else RecurrentState()
+
+    def _needs_pairs(self) -> str | None:
+        """Why no recurrence computes this layer, or None."""
+        score, position, normalizer = map(_built, (self.score, self.position, self.normalizer))
+        drops = self.training and self.dropout > 0
+        dropout = Dropout(self.dropout, seed=0) if drops else None  # draws no random number
+        return needs_of(score, position, normalizer, dropout)
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """The output [*batch, d_model] of one more token x [*batch, d_model]."""

@@ -59,6 +59,18 @@ class State:
         """Go on with other batch entries, as a beam search does: entry b becomes index[b]."""
         raise NotImplementedError
 
+    def _check_batch(self, key: Tensor) -> None:
+        """Raise ShapeError unless new keys are of the sequences that are kept."""
+        for kept in self.tensors():
+            if kept.shape[:-3] != key.shape[:-3]:
+                raise errors.ShapeError(
+                    f"this {type(self).__name__} has taken in {self.length} tokens of sequences "
+                    f"{errors.show(kept.shape[:-3])}, but the next tokens are of sequences "
+                    f"{errors.show(key.shape[:-3])} (all axes before [heads, tokens, width]); begin "
+                    "other sequences with a new state, or pick and repeat those that it has with "
+                    "state.reorder(index)."
+                )
+
 
 class KVCache(State):
     """Keys and values of the tokens so far; it grows with them, unless there is a window.
@@ -102,6 +114,7 @@ class KVCache(State):
     ) -> tuple[Tensor, Attention]:
         n = key.shape[-2]
         self._check(parts)
+        self._check_batch(key)
         early = max(min(self.sinks - self.length, n), 0)
         sinks = self._first.extended(key[..., :early, :], value[..., :early, :], None)
         kept, values = self._last.extended(key[..., early:, :], value[..., early:, :], self.left)
@@ -175,6 +188,7 @@ class RecurrentState(State):
     def attend(
         self, parts: Parts, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Attention]:
+        self._check_batch(key)
         tokens = torch.arange(self.length, self.length + key.shape[-2], device=key.device)
         matrix = attention(
             query,
@@ -227,13 +241,14 @@ class _Rows:
             self.start = max(self.start, self.stop - left)
         if not self.buffers:
             self.buffers = tuple(x[..., :0, :] for x in new)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*new, *self.buffers)):
+        if torch.is_grad_enabled():  # a graph may hold the old rows, which stay as they are
             held = [buffer[..., self.start : self.stop, :] for buffer in self.buffers]
             self.buffers = tuple(torch.cat(x, -2) for x in zip(held, new, strict=True))
             self.start, self.stop = 0, self.buffers[0].shape[-2]
             return self.buffers[0], self.buffers[1]
         kept = self.stop - self.start
-        if self.stop + n > self.buffers[0].shape[-2]:
+        fixed = self.buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        if fixed or self.stop + n > self.buffers[0].shape[-2]:
             room = kept + n if left is None else min(left, kept + n) + n
             self.buffers = tuple(self._moved(x, kept + n + room) for x in self.buffers)
             self.start, self.stop = 0, kept

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard import errors
 from regard.feature_map import FeatureMap, identity, unit
 from regard.features import Features
 from regard.mask import Causal, Mask
@@ -80,6 +81,12 @@ class RecurrentAttention(SelfAttention):
         return super().forward(x, mask=mask, state=state)
 
     def state(self) -> State:
+        """An empty `RecurrentState`; FormError if a position or normalizer has no recurrence."""
+        reason = self._needs_pairs()
+        if reason is not None:
+            raise errors.FormError(
+                f"this layer has no state: its form 'recurrent' {reason}\n  layer: {self}"
+            )
         return RecurrentState()
 
     def _score(self, x: Tensor) -> Features:
