@@ -104,7 +104,7 @@ class Draw:
 
     def positive(self, *shape: int) -> Tensor:
         """In (0, 0.5): slopes that do not push every weight onto one key."""
-        numbers = torch.rand(*shape, generator=self.generator, dtype=torch.float64) / 2
+        numbers = torch.rand(shape, generator=self.generator, dtype=torch.float64) / 2
         return numbers.to(self.dtype).requires_grad_()
 
     def integers(self, high: int, *shape: int) -> Tensor:
@@ -136,7 +136,8 @@ def _learned_rotary(draw: Draw, s: Sizes) -> Rotary | None:
 
 def _fire(draw: Draw, s: Sizes) -> Fire:
     network = draw.normal(4), draw.normal(4), draw.normal(s.heads, 4), draw.normal(s.heads)
-    return Fire(*network, c=draw.normal(), threshold=draw.normal(), offset=1)
+    # The derivative by c is a difference of two numbers of size 1 / c.
+    return Fire(*network, c=0.1 + draw.positive(), threshold=draw.normal(), offset=1)
 
 
 def grid(s: Sizes) -> Grid:

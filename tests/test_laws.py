@@ -37,7 +37,11 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def assert_rounding(got: dict, wanted: dict, factor: float) -> None:
-    """Equal up to float64 rounding of sums of a few dozen terms, amplified by `factor`."""
+    """Equal up to float64 rounding of sums of a few dozen terms, amplified by `factor`.
+
+    factor: c = sum |score| / |sum score| of a row sum T, which is off by c roundings of itself.
+        Weights divide by T once, gradients once or twice, and relative errors of divisors add up.
+    """
     for name, reference in wanted.items():
         assert torch.isfinite(got[name]).all(), name
         if not reference.numel():
@@ -66,7 +70,7 @@ def test_form_equals_dense(score, normalizer, form, position, mask, sizes, seed)
             matrix.matmul(value, form=form)
         return
     assert FORMS[form].needs(matrix) is None
-    assert_rounding(results(matrix, value, form), results(matrix, value, "dense"), factor**3)
+    assert_rounding(results(matrix, value, form), results(matrix, value, "dense"), factor)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,11 @@ def assert_rounding(got, wanted, factor):
 
 
 def cancellation(matrix):
-    """How much rounding RowSum amplifies: sum_jc |q_ic k_jc| / |sum_jc q_ic k_jc|.
+    """How much rounding RowSum amplifies: c = sum_jc |q_ic k_jc| / |sum_jc q_ic k_jc|.
 
-    A state adds up channels after keys, so that the digits lost are those of all products.
+    A state adds up channels after keys, so that the digits lost are those of all products. The sum
+    T is off by c roundings of itself. Output N / T and gradients, at most (g v - g N / T) / T, have
+    it as a divisor once or twice, and relative errors of divisors add up: c to the first power.
     """
     if not isinstance(matrix.normalizer, RowSum):
         return 1.0
@@ -90,10 +92,10 @@ def test_form_equals_dense(score, chunk, mask, position, normalizer, sizes, seed
         return
     assert recurrent.needs(matrix) is None
     got, wanted = (results(matrix, value, form) for form in ("recurrent", "dense"))
-    assert_rounding(got, wanted, factor**3)
+    assert_rounding(got, wanted, factor)
     x = laws.Draw(seed, torch.float64).normal(sizes.batch, sizes.heads, sizes.n, 3)
     one, other = (matrix.mT.matmul(x, form=form) for form in ("recurrent", "dense"))
-    assert_rounding({"transposed": one.detach()}, {"transposed": other.detach()}, factor**3)
+    assert_rounding({"transposed": one.detach()}, {"transposed": other.detach()}, factor)
 
 
 def random(*shape, seed=0):
