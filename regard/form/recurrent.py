@@ -5,9 +5,9 @@ algorithm. Without a mask one state of all tokens serves every query: phi(Q) (ph
 RowSum divides by the same recurrence of a value that is 1: a column of ones beside the values.
 reference  regard/form/dense.py::product
 work       see regard/form/chunks.py; 2 (n + m) d e without a mask
-precision  float32 at least; under RowSum numerator and denominator round apart, so that gradients
-           of queries and keys in float32 have up to about 2.5 times the error of dense, where they
-           share their scores (tests/test_recurrent.py: twice that of a dense quotient)
+precision  float32 at least; under RowSum numerator and denominator round apart, where those of
+           dense share their scores: gradients in float32 have up to four times its error
+           (tests/test_recurrent.py), and up to twice that of a dense quotient
 after      Katharopoulos et al. 2020, arXiv:2006.16236, eqs. 4 to 12
 """
 
