@@ -66,8 +66,8 @@ class State:
                 raise errors.ShapeError(
                     f"this {type(self).__name__} has taken in {self.length} tokens of sequences "
                     f"{errors.show(kept.shape[:-3])}, but the next tokens are of sequences "
-                    f"{errors.show(key.shape[:-3])} (all axes before [heads, tokens, width]); begin "
-                    "other sequences with a new state, or pick and repeat those that it has with "
+                    f"{errors.show(key.shape[:-3])} (all axes before [heads, tokens, width]); "
+                    "begin other sequences with a new state, or pick and repeat its own with "
                     "state.reorder(index)."
                 )
 
