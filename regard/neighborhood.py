@@ -54,8 +54,8 @@ class Neighborhood(Mask):
         kernel = axes_of("Neighborhood's kernel_size", self.kernel_size, len(size), least=1)
         dilation = axes_of("Neighborhood's dilation", self.dilation, len(size), least=1)
         given = self.causal
-        causal = (given,) * len(size) if isinstance(given, bool) else tuple(given)
-        if len(causal) != len(size) or not all(isinstance(each, bool) for each in causal):
+        causal = tuple(given) if isinstance(given, Sequence) else (given,) * len(size)
+        if len(causal) != len(size) or not all(isinstance(one_way, bool) for one_way in causal):
             raise errors.ShapeError(
                 f"Neighborhood's causal is {given!r}; it must be True or False, or {len(size)} of "
                 "them, one for each axis."

@@ -313,3 +313,25 @@ def test_errors_say_what_would_work(name):
     call, kind, words = ERRORS[name]
     with pytest.raises(kind, match=words):
         call()
+
+
+@pytest.mark.parametrize("heads", ["kernel", "gaussian"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_gives_the_dtype_that_a_convolution_gives(kind, bias, heads):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(2, 3, 3, padding=1, bias=bias), torch.randn(2, 2, 5, 6)
+    if kind == torch.float64:  # which autocast leaves alone
+        conv = conv.double()
+    layer = from_conv(conv, heads=heads)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = layer(x.to(kind)), conv(x.to(kind))
+    assert found.dtype == wanted.dtype
+    # Both round inputs, weights, bias and sums to 8 bits: 18 products and a bias of size 1 / 4.
+    eps = torch.finfo(wanted.dtype).eps
+    size = F.conv2d(x.abs().double(), conv.weight.detach().abs().double(), padding=1) + 1
+    assert ((found - wanted).abs().double() <= 4 * eps * size).all()
+    if bias and kind != torch.float64:
+        found.float().sum().backward()
+        assert layer.bias.grad.dtype == torch.float32
+        assert torch.equal(layer.bias.grad, torch.full((3,), 60.0))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import NORMALIZERS, Draw, Sizes
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from regard import (
     Alibi,
@@ -230,6 +231,24 @@ def test_it_is_chosen_and_says_what_it_runs():
     shift = Shift(torch.tensor([[0, 1], [1, 0]]), grid)
     matrix = attention(tokens, tokens, score=PositionOnly(), position=shift)
     assert "a read of one key" in matrix.explain().kernel
+
+
+@pytest.mark.parametrize(("size", "taps", "width"), [((6, 8), 3, 5), ((4, 4), 3, 2), (9, 4, 3)])
+def test_flops_of_a_field_are_those_that_torch_counts(size, taps, width):
+    """Few rows see all taps; the others are as many short rows, or a few whole ones."""
+    grid, draw = Grid(size), Draw(0, torch.float32)
+    tokens, value = draw.normal(2, grid.rows, 1), draw.normal(2, grid.columns, width)
+    table = draw.normal(2, *grid.axes * (taps,))
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=Field(table, grid))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        matrix.matmul(value, form="convolutional")
+    found = matrix.explain(value)
+    assert found.form == "convolutional"
+    assert found.flops == counter.get_total_flops() > 0
+    assert found.flops < 2 * 2 * grid.rows * grid.columns * width  # what a matrix would take
+    shift = Shift(torch.ones(2, grid.axes).long(), grid)
+    matrix = attention(tokens, tokens, score=PositionOnly(), position=shift)
+    assert matrix.explain(value).flops == 2 * grid.rows * width  # each row reads one key
 
 
 def test_it_is_not_chosen_where_compiled_tiles_know_all_parts(monkeypatch):

@@ -191,6 +191,12 @@ ERRORS = {
     "moves": (lambda: Neighborhood((4, 8), 3, 2), ShapeError, ["6 tokens", "has 4", "'cut'"]),
     "axes": (lambda: Neighborhood((4, 8), (3, 3, 3)), ShapeError, ["3 numbers", "or 2"]),
     "causal": (lambda: Neighborhood((4, 8), 3, 1, [True]), ShapeError, ["2 of"]),
+    "causal number": (lambda: Neighborhood(5, 3, causal=1), ShapeError, ["is 1;", "True or False"]),
+    "causal numbers": (
+        lambda: Neighborhood((4, 8), 3, causal=(True, 0)),
+        ShapeError,
+        ["(True, 0)", "2 of"],
+    ),
     "border": (lambda: Neighborhood(4, 3, border="wrap"), ValueError, ["'shift'", "'wrap'"]),
     "size": (
         lambda: attention(TOKENS, TOKENS, mask=Neighborhood((3, 5), 3)),

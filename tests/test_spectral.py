@@ -1,5 +1,7 @@
 """Long rows by position alone go through Fourier transforms, by name, and never by default."""
 
+import math
+
 import laws
 import pytest
 import torch
@@ -97,3 +99,27 @@ def test_long_rows_that_a_transform_would_lose_are_refused(position, mask, monke
     matrix = attention(tokens, tokens, score=PositionOnly(), position=position, mask=mask)
     assert "some row sees next to nothing" in convolutional.needs(matrix)
     assert matrix.explain().form != "convolutional"
+
+
+@pytest.mark.parametrize("name", [name for name in LONG if name != "no position"])
+def test_flops_of_long_rows_are_those_of_their_transforms(name, monkeypatch):
+    monkeypatch.setattr(spectral, "LEAST", 1)
+    grid, part, mask = LONG[name]
+    draw, counted = Draw(3, torch.float32), []
+    tokens = draw.normal(2, grid.rows, 1), draw.normal(2, grid.columns, 1)
+    matrix = attention(*tokens, score=PositionOnly(), position=part(draw, grid), mask=mask)
+    value = draw.normal(2, grid.columns, 3).detach()
+
+    def watched(transform, products):
+        def run(x, s, dim):
+            size, count = math.prod(s), x[(..., *len(dim) * (0,))].numel()
+            counted.append(size * count * (2.5 * math.log2(size) + 3 * products))
+            return transform(x, s=s, dim=dim)
+
+        return run
+
+    # What comes back is a product of two spectra.
+    monkeypatch.setattr(torch.fft, "rfftn", watched(torch.fft.rfftn, 0))
+    monkeypatch.setattr(torch.fft, "irfftn", watched(torch.fft.irfftn, 1))
+    convolutional.product(matrix, value)
+    assert convolutional.flops(matrix, 3) == int(sum(counted))

@@ -7,7 +7,7 @@ weights and are one convolution; each row at a border has its own. A `Shift` is 
 Rows that see all keys go through Fourier transforms (regard/form/spectral.py), by name alone, since
 their error is relative to the largest value of all keys, also of those that a row does not see.
 reference  regard/form/dense.py::product
-work       2 taps n e flops, forward
+work       2 taps n e flops, forward (`flops`)
 memory     `memory`; a backward pass keeps the weights of border rows, and what they read
 """
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
 
 BLOCK = 2**24
 """Bytes of a block of border rows."""
@@ -76,8 +75,7 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     if isinstance(found, Long):
         return "Fourier transforms in float64", bytes_beyond, 1
     assert isinstance(found, Support)
-    border = found.grid.rows - math.prod(map(len, found.inner()))
-    name = f"convolution with {found.count} taps, and {border} rows at borders"
+    name = f"convolution with {found.count} taps, and {found.border} rows at borders"
     return name, bytes_beyond, 1
 
 
@@ -90,11 +88,21 @@ def memory(matrix: Attention, value: Tensor) -> int:
     if isinstance(found, Long):  # values and weights, their transforms, twice as long as the grid
         return 8 * 8 * lanes * (m + 1) * (e + 1)
     assert isinstance(found, Support)
-    border = found.grid.rows - math.prod(map(len, found.inner()))
-    block = min(border, _block_rows(matrix, found, value)) * _row_bytes(matrix, found, value)
+    block = min(found.border, _block_rows(matrix, found, value)) * _row_bytes(matrix, found, value)
     # What the convolution reads and gives, in an order of its own, and all rows before they are
     # put in order.
     return block + size * lanes * e * (m + 2 * n)
+
+
+def flops(matrix: Attention, out: int) -> int:
+    """Of the forward product with values of width `out`."""
+    found, lanes = support.find(matrix), matrix.shape[:-2].numel()
+    if isinstance(found, Shift):  # what is read, times its weight
+        return lanes * matrix.shape[-2] * out
+    if isinstance(found, Long):
+        return spectral.flops(found, lanes, out)
+    assert isinstance(found, Support)
+    return 2 * lanes * found.pairs(out) * out
 
 
 def _lanes(matrix: Attention, value: Tensor) -> int:
@@ -193,7 +201,7 @@ class Split:
         """Rows of the border, some at a time: [*batch, heads, r, e]."""
         for rows in self.rows.split(_block_rows(self.matrix, self.support, value)):
             keys, weights = _of_rows(self.matrix, self.support, rows, value.dtype)
-            if self._spread(value):
+            if self.support.spread(value.shape[-1]):
                 yield self._matrix(keys, weights) @ value
             else:
                 of_rows: Tensor = value[..., keys.flatten(), :].unflatten(-2, keys.shape)
@@ -204,16 +212,12 @@ class Split:
         columns, block = self.support.grid.columns, _block_rows(self.matrix, self.support, x)
         for rows, some in zip(self.rows.split(block), x.split(block, -2), strict=True):
             keys, weights = _of_rows(self.matrix, self.support, rows, x.dtype)
-            if self._spread(x):
+            if self.support.spread(x.shape[-1]):
                 yield self._matrix(keys, weights).mT @ some
             else:
                 terms = (weights[..., None] * some[..., None, :]).flatten(-3, -2)
                 zeros = terms.new_zeros(*terms.shape[:-2], columns, terms.shape[-1])
                 yield zeros.index_add(-2, keys.flatten(), terms)
-
-    def _spread(self, x: Tensor) -> bool:
-        """Whether whole rows are fewer numbers than the vectors of all taps."""
-        return self.support.grid.columns < self.support.count * x.shape[-1]
 
     def _matrix(self, keys: Tensor, weights: Tensor) -> Tensor:
         zeros = weights.new_zeros(*weights.shape[:-1], self.support.grid.columns)

@@ -134,6 +134,18 @@ def needs(matrix: Attention, found: Long) -> str | None:
     return None
 
 
+def flops(found: Long, lanes: int, out: int) -> int:
+    """Of a product: 2.5 N log2 N for a real transform of N numbers, 3 N to multiply two spectra.
+
+    Transformed are each head's weights, for rows and for their sums, the ones that these sum, and
+    values; and back.
+    """
+    sides = zip(found.grid.size, found.spans, strict=True)  # type: ignore[arg-type]
+    size = math.prod(_fast(n + span - 1) for n, span in sides)
+    transforms = 1 + lanes * (3 + 2 * out)
+    return int(size * (2.5 * math.log2(size) * transforms + 3 * lanes * (1 + out)))
+
+
 def product(found: Long, value: Tensor) -> Tensor:
     """The matrix times value [*batch, heads, m, e]."""
     weights, axes = found.weights(value.device), found.grid.axes

@@ -61,6 +61,20 @@ class Support:
             found.append(range(max(low, 0), max(min(high, q), low, 0)) if k else range(0))
         return found
 
+    @property
+    def border(self) -> int:
+        """How many queries miss a tap."""
+        return self.grid.rows - math.prod(map(len, self.inner()))
+
+    def spread(self, width: int) -> bool:
+        """Whether whole border rows are fewer numbers than the vectors, this wide, of all taps."""
+        return self.grid.columns < self.count * width
+
+    def pairs(self, width: int) -> int:
+        """Weights of one head that are multiplied with vectors of a width."""
+        at_border = self.grid.columns if self.spread(width) else self.count
+        return (self.grid.rows - self.border) * self.count + self.border * at_border
+
     def logits(self, i: Tensor, j: Tensor, like: Tensor) -> Tensor:
         """The biases of pairs of row i [*x] and key j [*x], summed: [*batch, heads, *x]."""
         total = like.new_zeros(i.shape if i.dim() else ())

@@ -155,7 +155,8 @@ class ConvAttention(nn.Module):
         weight = self.weight.unflatten(0, (self.groups, -1)).flatten(2)  # [g, out / g, c h]
         output = (mixed.flatten(-2) @ weight.mT).mT.flatten(-3, -2)  # [*batch, out, n]
         if self.bias is not None:
-            output = output + self.bias[:, None]
+            # autocast multiplies in a dtype of its own, which a wider bias must not undo.
+            output = output + self.bias.to(output.dtype)[:, None]
         image: Tensor = output.unflatten(-1, self.grid(size).queries)
         return image
 
