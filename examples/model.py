@@ -141,8 +141,12 @@ def train(
     draw: Callable[[], Batch],
     steps: int,
     rate: float | Rates,
+    after: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine."""
+    """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine.
+
+    after: called with the number of updates done, after each
+    """
     if isinstance(rate, Rates):
         groups, rate = rate.groups(model), rate.weights
     else:
@@ -156,10 +160,12 @@ def train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     model.train()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss(model, draw()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if after is not None:
+            after(step)
     model.eval()

@@ -54,8 +54,10 @@ def run(
     """The result of each job, in order, which is lists of numbers; also kept as `name`.json.
 
     Each job is seeded by itself, so that --jobs changes no result; all jobs of one seed stand
-    before those of the next, so that fewer seeds are a beginning of the list. Sets
-    `options.conditions`: the machine in words, torch's version, `about` what was learned from.
+    before those of the next, so that fewer seeds are a beginning of the list. Each result is also
+    a line of `name`.partial.jsonl as soon as it is there, until `write` has written the page: what
+    was interrupted goes on where it was. Sets `options.conditions`: the machine in words, torch's
+    version, `about` what was learned from.
     """
     kept = options.out / f"{name}.json"
     if options.redraw:
@@ -66,21 +68,35 @@ def run(
         f"torch {torch.__version__}. {about}"
     ).strip()
     options.out.mkdir(parents=True, exist_ok=True)
-    results = []
+    partial = _partial(options.out, name)
+    lines = partial.read_text().splitlines(keepends=True) if partial.exists() else []
+    done = dict(json.loads(line) for line in lines if line.endswith("\n"))
+    left = [job for job in jobs if repr(job) not in done]
+    if done:
+        print(f"{len(jobs) - len(left)} of {len(jobs)} results are those of {partial}")
     with contextlib.ExitStack() as stack:
-        found: Iterable[Result] = map(work, jobs)
+        found: Iterable[Result] = map(work, left)
         if options.jobs < 2:
             torch.set_num_threads(1)
         else:
             # A forked copy of torch's thread pool would hang: each process begins afresh.
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(context.Pool(options.jobs, torch.set_num_threads, (1,)))
-            found = pool.imap(work, jobs)
-        for result in tqdm(found, total=len(jobs), unit="model"):
-            results.append(result)
-            lines = ",\n".join(map(json.dumps, results))
-            kept.write_text(f"[{json.dumps(options.conditions)}, [\n{lines}\n]]\n")
+            found = pool.imap(work, left)
+        file = stack.enter_context(partial.open("w"))
+        file.writelines(json.dumps(line) + "\n" for line in done.items())
+        for job, result in zip(left, tqdm(found, total=len(left), unit="model"), strict=True):
+            done[repr(job)] = result
+            file.write(json.dumps([repr(job), result]) + "\n")
+            file.flush()
+    results = [done[repr(job)] for job in jobs]
+    text = ",\n".join(map(json.dumps, results))
+    kept.write_text(f"[{json.dumps(options.conditions)}, [\n{text}\n]]\n")
     return results
+
+
+def _partial(folder: Path, name: str) -> Path:
+    return folder / f"{name}.partial.jsonl"
 
 
 def spread(numbers: Sequence[float], digits: int = 2) -> str:
@@ -97,8 +113,9 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
 
 
 def write(folder: Path, name: str, *parts: str) -> None:
-    """Print a page of results and keep it as Markdown."""
+    """Print a page of results and keep it as Markdown; they are complete."""
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text)
+    _partial(folder, name).unlink(missing_ok=True)
     print(text)

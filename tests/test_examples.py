@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the examples draw: pip install 'regard[examples]'")
 pytest.importorskip("tqdm", reason="the examples show how far they are: regard[examples]")
+pytest.importorskip("sklearn", reason="it brings the digits: regard[examples]")
 
 ROOT = Path(__file__).parent.parent
 # A page on what was learned, and the results that it shows.
@@ -26,6 +27,8 @@ SCRIPTS = {
     "positions.length": {"length.md", "length.png"},
     "convolution.convert": {"convert.md", "convert.png"},
     "convolution.receptive": {"receptive.md", "receptive.png"},
+    "convolution.data_size": {"data_size.md", "data_size.png", "fields.png"},
+    "convolution.crossover": {"crossover.md", "crossover.png"},
 }
 
 

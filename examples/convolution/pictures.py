@@ -6,9 +6,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Circle
 from torch import Tensor
 
-from examples.pictures import COLOURS, save
+from examples.pictures import COLOURS, MARKERS, save
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,3 +52,72 @@ def paths(panels: list[tuple[str, Tensor, list[float]]], taps: Tensor, folder: P
     grid[0][0].set_ylim(4.6, -0.6)
     grid[0][0].set_ylabel("pixels down")
     save(figure, folder, "receptive")
+
+
+def curves(
+    found: dict[str, list[list[float]]],
+    counts: tuple[int, ...],
+    folder: Path,
+    name: str,
+    ceiling: tuple[float, str] | None = None,
+) -> None:
+    """Accuracy over the number of images, mean and standard error over seeds, for each mixer.
+
+    ceiling: a level that is drawn, and what it is
+    """
+    figure, axes = plt.subplots(figsize=(5.2, 3.8))
+    for arm, colour, marker in zip(found, (COLOURS[6], *COLOURS[5::-2]), MARKERS, strict=False):
+        numbers = torch.tensor(found[arm], dtype=torch.float64)  # [counts, seeds]
+        seeds = numbers.shape[1]
+        error = numbers.std(1, correction=min(seeds - 1, 1)) / seeds**0.5
+        axes.errorbar(
+            counts, numbers.mean(1), error, color=colour, marker=marker, markersize=5, capsize=2,
+            linewidth=1.3, label=arm,
+        )  # fmt: skip
+    if ceiling is not None:
+        axes.axhline(ceiling[0], color="0.5", linestyle=":", linewidth=1)
+        axes.annotate(ceiling[1], (counts[0], ceiling[0]), (0, 3), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("training images")
+    axes.set_ylabel("test accuracy in %")
+    axes.legend(frameon=False)
+    save(figure, folder, name)
+
+
+def fields(found: dict[int, tuple[Tensor, Tensor]], folder: Path) -> None:
+    """What heads see before and after, [blocks, heads, (down, across, radius, far, gate)] each.
+
+    found: by the number of images
+    """
+    panels = [
+        (f"block {block + 1}, n = {count:,}", before[block], after[block])
+        for block in range(len(next(iter(found.values()))[0]))
+        for count, (before, after) in found.items()
+    ]
+    figure, grid = plt.subplots(
+        2, len(panels), figsize=(2.9 * len(panels), 5.6), sharex="row", sharey="row"
+    )
+    for (title, before, after), place, below in zip(panels, *grid, strict=True):
+        for head, (old, new) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            colour = COLOURS[head % len(COLOURS)]
+            for (down, across, radius, far, gate), full in ((old, False), (new, True)):
+                line = "-" if full else ":"
+                place.add_patch(
+                    Circle((across, down), radius, fill=False, color=colour, linestyle=line)
+                )
+                fill = colour if full else "none"
+                place.plot(across, down, "o", color=colour, markerfacecolor=fill, markersize=4)
+                below.plot(gate, far, "o", color=colour, markerfacecolor=fill, markersize=5)
+            below.plot((old[4], new[4]), (old[3], new[3]), color=colour, linewidth=0.8)
+        place.plot(0, 0, "+", color="0.4", markersize=10)
+        place.set_aspect("equal")
+        place.set_title(title)
+        place.set_xlabel("tokens across")
+        below.set_xlabel("gate")
+    grid[0][0].set_xlim(-4, 4)
+    grid[0][0].set_ylim(4, -4)
+    grid[0][0].set_ylabel("tokens down")
+    grid[1][0].set_ylabel("non-locality in tokens")
+    save(figure, folder, "fields")
