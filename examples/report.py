@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -50,7 +50,9 @@ def run(
     name: str,
     options: argparse.Namespace,
     about: str = "",
-) -> list[Result]:
+    *,
+    so_far: bool = False,
+) -> list[Any]:
     """The result of each job, in order, which is lists of numbers; also kept as `name`.json.
 
     Each job is seeded by itself, so that --jobs changes no result; all jobs of one seed stand
@@ -71,9 +73,10 @@ def run(
     partial = _partial(options.out, name)
     lines = partial.read_text().splitlines(keepends=True) if partial.exists() else []
     done = dict(json.loads(line) for line in lines if line.endswith("\n"))
-    left = [job for job in jobs if repr(job) not in done]
+    left = [] if so_far else [job for job in jobs if repr(job) not in done]
     if done:
-        print(f"{len(jobs) - len(left)} of {len(jobs)} results are those of {partial}")
+        kept_jobs = sum(repr(job) in done for job in jobs)
+        print(f"{kept_jobs} of {len(jobs)} results are those of {partial}")
     with contextlib.ExitStack() as stack:
         found: Iterable[Result] = map(work, left)
         if options.jobs < 2:
@@ -89,7 +92,7 @@ def run(
             done[repr(job)] = result
             file.write(json.dumps([repr(job), result]) + "\n")
             file.flush()
-    results = [done[repr(job)] for job in jobs]
+    results = [done.get(repr(job)) for job in jobs]
     text = ",\n".join(map(json.dumps, results))
     kept.write_text(f"[{json.dumps(options.conditions)}, [\n{text}\n]]\n")
     return results
@@ -112,10 +115,11 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def write(folder: Path, name: str, *parts: str) -> None:
-    """Print a page of results and keep it as Markdown; they are complete."""
+def write(folder: Path, name: str, *parts: str, so_far: bool = False) -> None:
+    """Print a page of results and keep it as Markdown; unless so_far, they are complete."""
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text)
-    _partial(folder, name).unlink(missing_ok=True)
+    if not so_far:
+        _partial(folder, name).unlink(missing_ok=True)
     print(text)

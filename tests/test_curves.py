@@ -48,6 +48,11 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path):
     assert not partial.exists()
     report.run(work, range(2), "squares", options_of(tmp_path))
     assert done == [*range(7), 0, 1]
+    so_far = report.run(work, range(3), "squares", options_of(tmp_path), so_far=True)
+    assert so_far == [{"square": [0]}, {"square": [1]}, None]
+    assert done == [*range(7), 0, 1]
+    report.write(tmp_path, "squares", "half a page", so_far=True)
+    assert partial.exists()
 
 
 def test_chance_is_the_share_of_signs():
@@ -58,7 +63,10 @@ def test_chance_is_the_share_of_signs():
 
 
 def test_slopes_are_those_of_lines():
-    made = {"a": [[5.0, 1.0], [4.0, 3.0], [3.0, 5.0]], "b": [[1.0, 1.0]] * 3}
+    made = {
+        "a": [{0: 5.0, 1: 1.0}, {0: 4.0, 1: 3.0, 7: 9.0}, {1: 5.0, 0: 3.0}],
+        "b": [{0: 1.0, 1: 1.0}] * 3,
+    }
     assert curves.slopes(made, "a", "b", (10, 100, 1000)) == pytest.approx([-1.0, 2.0])
     assert curves.gap(made, "a", "b", 1) == [3.0, 2.0]
     assert curves.crossover(made, "a", "b", (10, 100, 1000)) == "none up to n = 1,000"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from examples import report
 from examples.convolution import pictures
-from examples.convolution.curves import Data, Found, Job, Study, crossover, table
+from examples.convolution.curves import Data, Found, Job, Study, arguments, crossover, table
 from examples.convolution.mixers import ARMS, PATCH, TAPS, Size
 from examples.convolution.pictures import RESULTS
 from regard.grid import Grid, from_patches
@@ -95,11 +95,9 @@ def _images(grid: Grid, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
     """The results in words and tables."""
-    study, task, seconds = found.study, found.study.task, found.seconds()
-    curves = found.curves()
-    spent = ", ".join(f"{arm} {seconds[arm]:.1f}" for arm in study.arms)
-    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())
-    highest = max(max(numbers) for numbers in found.curves(FAR)[CONV])
+    study, task, curves = found.study, found.study.task, found.curves()
+    rates = "; ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())
+    highest = max(right for by_seed in found.curves(FAR)[CONV] for right in by_seed.values())
     return (
         "# Where the curves must cross",
         f"`python -m examples.convolution.crossover --seeds {options.seeds}`: {options.conditions}",
@@ -107,7 +105,7 @@ def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
         f"same, is none of a small receptive field. {task.size.grid.rows} tokens, "
         f"{task.size.blocks} block, {study.updates} updates of {Job.batch} images for every n. "
         f"Accuracy on {task.tested:,} test images in %, mean ± standard deviation of "
-        f"{options.seeds} seeds:",
+        f"{found.seeds()}:",
         table(curves, study.counts, "mixer"),
         "Of these, glyphs within one 3 x 3 field:",
         table(found.curves(NEAR), study.counts, "mixer, near"),
@@ -118,19 +116,19 @@ def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
         f"about far glyphs, of all seeds and n: {highest:.1f}.",
         "![Accuracy over the number of images](crossover.png)",
         f"All test images; bars: standard error over seeds. Rates: {rates}. Seconds of one core "
-        f"for one network: {spent}; {seconds['all'] / 60:.0f} minutes for all.",
+        f"for one network: {found.seconds()}.",
     )
 
 
 def main(given: list[str] | None = None) -> None:
     """Train every network, and write the tables and the picture."""
-    options = report.parse(report.arguments(__doc__, seeds=5), given, RESULTS)
+    options = report.parse(arguments(__doc__, seeds=5), given, RESULTS)
     study = Study(Glyphs(), "crossover", COUNTS, (CONV, LEARNED), UPDATES)
     if options.quick:
         study = replace(study, task=Glyphs(16, 8, 64), counts=(8, 16), updates=2, rates=(1e-3,))
     found = study.run(options)
     pictures.curves(found.curves(), study.counts, options.out, "crossover")
-    report.write(options.out, "crossover", *page(found, options))
+    report.write(options.out, "crossover", *page(found, options), so_far=options.so_far)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ PLACES = 0.03
 TUNING = 1000
 """The seed that rates are chosen with; no result has it."""
 Result = dict[str, list[float]]
-Curves = dict[str, list[list[float]]]
-"""Of each mixer, and each number of images, a number for each seed."""
+Curves = dict[str, list[dict[int, float]]]
+"""Of each mixer, and each number of images, a number by seed."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ class Study:
             replace(one, arm=arm, count=count, rate=rate)
             for arm in self.arms for rate in self.rates for count in middle
         ]  # fmt: skip
-        tuned = report.run(result, tuning, self.name, options)
+        tuned = report.run(result, tuning, self.name, options, so_far=options.so_far)
         scores: dict[tuple[str, float], list[float]] = {}
         for job, found in zip(tuning, tuned, strict=True):
-            scores.setdefault((job.arm, job.rate), []).append(found["validation"][0])
+            right = 0.0 if found is None else found["validation"][0]
+            scores.setdefault((job.arm, job.rate), []).append(right)
         rates = {
             arm: max(self.rates, key=lambda rate: statistics.fmean(scores[arm, rate]))
             for arm in self.arms
@@ -133,46 +134,53 @@ class Study:
             replace(one, arm=arm, count=count, seed=seed, rate=rates[arm])
             for seed in seeds for count in self.counts for arm in self.arms
         ]  # fmt: skip
-        results = report.run(result, tuning + jobs, self.name, options)
-        return Found(self, rates, jobs, results[len(tuning) :], results)
+        both = tuning + jobs
+        results = report.run(result, both, self.name, options, so_far=options.so_far)
+        pairs = [(job, one) for job, one in zip(both, results, strict=True) if one is not None]
+        return Found(self, rates, pairs)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came out: of each job a result; in all, with those that rates were chosen by."""
+    """What came out: a result of each job that was done, of those that chose the rates as well."""
 
     study: Study
     rates: dict[str, float]
-    jobs: Sequence[Job]
-    results: Sequence[Result]
-    everything: Sequence[Result]
+    pairs: Sequence[tuple[Job, Result]]
 
     def curves(self, name: str = "test") -> Curves:
         """A kind of number of all networks."""
-        found: Curves = {arm: [[] for _ in self.study.counts] for arm in self.study.arms}
-        for job, one in zip(self.jobs, self.results, strict=True):
-            found[job.arm][self.study.counts.index(job.count)] += one[name]
+        found: Curves = {arm: [{} for _ in self.study.counts] for arm in self.study.arms}
+        for job, one in self.pairs:
+            if job.seed < TUNING:
+                found[job.arm][self.study.counts.index(job.count)][job.seed] = one[name][0]
         return found
 
     def of(self, arm: str, count: int, name: str) -> list[Tensor]:
         """What heads of one mixer see, for each seed: [blocks, heads, 5]."""
         return [
             torch.tensor(one[name]).reshape(self.study.task.size.blocks, -1, 5)
-            for job, one in zip(self.jobs, self.results, strict=True)
-            if (job.arm, job.count) == (arm, count)
+            for job, one in self.pairs
+            if (job.arm, job.count) == (arm, count) and job.seed < TUNING
         ]
 
-    def seconds(self) -> dict[str, float]:
-        """Of one network of each mixer on average, and under "all" the hours of all."""
+    def seeds(self) -> str:
+        """How many seeds of each mixer are done, in words."""
+        numbers = {arm: min(map(len, row)) for arm, row in self.curves().items()}
+        if len({*numbers.values()}) == 1:
+            return f"{numbers[self.study.arms[0]]} seeds"
+        return "seeds: " + "; ".join(f"{arm} {number}" for arm, number in numbers.items())
+
+    def seconds(self) -> str:
+        """Of one core, for one network of each mixer, and of all."""
         spent = {
-            arm: statistics.fmean(
-                one["seconds"][0]
-                for job, one in zip(self.jobs, self.results, strict=True)
-                if job.arm == arm
-            )
+            arm: [one["seconds"][0] for job, one in self.pairs if job.arm == arm]
             for arm in self.study.arms
         }
-        return spent | {"all": sum(one["seconds"][0] for one in self.everything)}
+        each = "; ".join(
+            f"{arm} {statistics.fmean(some):.1f}" for arm, some in spent.items() if some
+        )
+        return f"{each}; {sum(map(sum, spent.values())) / 60:.0f} minutes for all"
 
 
 def chance(differences: Sequence[float]) -> float:
@@ -192,22 +200,27 @@ def chance(differences: Sequence[float]) -> float:
 
 def gap(curves: Curves, one: str, other: str, at: int) -> list[float]:
     """By how much one mixer is better than the other with the same images, for each seed."""
-    return [a - b for a, b in zip(curves[one][at], curves[other][at], strict=True)]
+    mine, its = curves[one][at], curves[other][at]
+    return [mine[seed] - its[seed] for seed in sorted(mine.keys() & its.keys())]
 
 
 def slopes(curves: Curves, one: str, other: str, counts: Sequence[int]) -> list[float]:
     """Of the gap over log10 of the number of images, by least squares, for each seed."""
+    rows = [*curves[one], *curves[other]]
+    seeds = sorted(set.intersection(*(set(row) for row in rows)))
     x = torch.tensor(counts, dtype=torch.float64).log10()
-    gaps = [gap(curves, one, other, at) for at in range(len(counts))]
-    y = torch.tensor(gaps, dtype=torch.float64)  # [counts, seeds]
     x = x - x.mean()
-    return ((x @ y) / (x @ x)).tolist()
+    gaps = [[a[s] - b[s] for s in seeds] for a, b in zip(curves[one], curves[other], strict=True)]
+    y = torch.tensor(gaps, dtype=torch.float64)  # [counts, seeds]
+    found: list[float] = ((x @ y) / (x @ x)).tolist()
+    return found
 
 
 def crossover(curves: Curves, better: str, other: str, counts: Sequence[int]) -> str:
     """The first number of images at which `other` is as good on average, in words."""
     for at, count in enumerate(counts):
-        if statistics.fmean(curves[other][at]) >= statistics.fmean(curves[better][at]):
+        gaps = gap(curves, better, other, at)
+        if gaps and statistics.fmean(gaps) <= 0:
             return f"at n = {count:,}" if at else f"already at n = {count:,}, the smallest"
     return f"none up to n = {counts[-1]:,}"
 
@@ -216,5 +229,17 @@ def table(curves: Curves, counts: Sequence[int], first: str) -> str:
     """Mean and standard deviation over seeds; a row for each mixer."""
     return report.table(
         (first, *(f"n = {count:,}" for count in counts)),
-        [(arm, *(report.spread(one, 1) for one in row)) for arm, row in curves.items()],
+        [
+            (arm, *(report.spread([*one.values()], 1) if one else "-" for one in row))
+            for arm, row in curves.items()
+        ],
     )
+
+
+def arguments(document: str, seeds: int) -> argparse.ArgumentParser:
+    """Those of all examples, and what to do with a run that is not complete."""
+    parser = report.arguments(document, seeds)
+    parser.add_argument(
+        "--so-far", action="store_true", help="a page of what is done so far, train nothing"
+    )
+    return parser

@@ -22,6 +22,7 @@ from examples.convolution.curves import (
     Found,
     Job,
     Study,
+    arguments,
     chance,
     crossover,
     gap,
@@ -78,6 +79,8 @@ def claims(found: Found) -> str:
     curves, counts = found.curves(), found.study.counts
 
     def line(text: str, numbers: list[float]) -> str:
+        if not numbers:
+            return f"- {text}: not yet"
         return f"- {text}: {report.spread(numbers, 1)}, p = {chance(numbers):.3f}"
 
     few = [(at, counts[at]) for at in range(2)]
@@ -112,9 +115,13 @@ def measures(found: Found) -> str:
                 cells = []
                 for column in (2, 3, 4):
                     for name in ("before", "after"):
-                        seen = torch.stack(found.of(arm, count, name))[:, block, :, column]
-                        has = arm == GATED or column < 4
-                        cells.append(report.spread(seen.flatten().tolist(), 2) if has else "-")
+                        seen = [
+                            float(number)
+                            for one in found.of(arm, count, name)
+                            for number in one[block, :, column]
+                        ]
+                        has = seen and (arm == GATED or column < 4)
+                        cells.append(report.spread(seen, 2) if has else "-")
                 rows.append((f"{arm}, block {block + 1}, n = {count:,}", *cells))
     kinds = (f"{what} {when}" for what in ("radius", "non-locality", "gate") for when in WHEN)
     return report.table(("heads of", *kinds), rows)
@@ -122,10 +129,8 @@ def measures(found: Found) -> str:
 
 def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
     """The results in words and tables."""
-    study, seconds = found.study, found.seconds()
-    task, size = study.task, study.task.size
-    spent = ", ".join(f"{arm} {seconds[arm]:.1f}" for arm in study.arms)
-    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())
+    study, task, size = found.study, found.study.task, found.study.task.size
+    rates = "; ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())
     numbers = {
         arm: sum(p.numel() for p in Network(size, ARMS[arm]).parameters()) for arm in study.arms
     }
@@ -134,7 +139,7 @@ def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
         f"`python -m examples.convolution.data_size --seeds {options.seeds}`: {options.conditions}",
         f"Digits of {SIDE} x {SIDE} pixels, {size.grid.rows} tokens, {size.blocks} blocks, "
         f"{study.updates} updates of {Job.batch} images for every n. Accuracy on {task.tested:,} "
-        f"test images in %, mean ± standard deviation of {options.seeds} seeds:",
+        f"test images in %, mean ± standard deviation of {found.seeds()}:",
         table(found.curves(), study.counts, "mixer"),
         "Differences with the same images in points, mean ± standard deviation over seeds. p: how "
         "often random signs of the seeds' differences have a mean as far from 0, exact, two-sided.",
@@ -147,24 +152,28 @@ def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
         "![Receptive fields before and after](fields.png)",
         f"Heads of `{GATED}`, first seed. Circles: centre and radius, hollow before training; the "
         "query is at 0. Below, non-locality over gate: from hollow to full.",
-        f"Parameters: {', '.join(f'{arm} {n:,}' for arm, n in numbers.items())}. "
-        f"Rates: {rates}. Seconds of one core for one network: {spent}; "
-        f"{seconds['all'] / 60:.0f} minutes for all, those that choose rates included.",
+        f"Parameters: {'; '.join(f'{arm} {n:,}' for arm, n in numbers.items())}. "
+        f"Rates: {rates}. Seconds of one core for one network: {found.seconds()}, with those that "
+        "choose rates.",
     )
 
 
 def main(given: list[str] | None = None) -> None:
     """Train every network, and write the tables and the pictures."""
-    options = report.parse(report.arguments(__doc__, seeds=8), given, RESULTS)
+    options = report.parse(arguments(__doc__, seeds=8), given, RESULTS)
     study = Study(Digits(), "data_size", COUNTS, tuple(ARMS), UPDATES)
     if options.quick:
         study = replace(study, task=Digits(8, 8), counts=(8, 16), updates=2, rates=(1e-3,))
     found = study.run(options)
     pictures.curves(found.curves(), study.counts, options.out, "data_size")
-    some = {count: (found.of(GATED, count, "before")[0], found.of(GATED, count, "after")[0])
-            for count in (study.counts[0], study.counts[-1])}  # fmt: skip
-    pictures.fields(some, options.out)
-    report.write(options.out, "data_size", *page(found, options))
+    some = {}
+    for count in (study.counts[0], study.counts[-1]):
+        before, after = (found.of(GATED, count, name) for name in WHEN)
+        if before:
+            some[count] = before[0], after[0]
+    if some:
+        pictures.fields(some, options.out)
+    report.write(options.out, "data_size", *page(found, options), so_far=options.so_far)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -55,28 +56,27 @@ def paths(panels: list[tuple[str, Tensor, list[float]]], taps: Tensor, folder: P
 
 
 def curves(
-    found: dict[str, list[list[float]]],
+    found: dict[str, list[dict[int, float]]],
     counts: tuple[int, ...],
     folder: Path,
     name: str,
-    ceiling: tuple[float, str] | None = None,
 ) -> None:
-    """Accuracy over the number of images, mean and standard error over seeds, for each mixer.
-
-    ceiling: a level that is drawn, and what it is
-    """
+    """Accuracy over the number of images, mean and standard error over seeds, for each mixer."""
     figure, axes = plt.subplots(figsize=(5.2, 3.8))
     for arm, colour, marker in zip(found, (COLOURS[6], *COLOURS[5::-2]), MARKERS, strict=False):
-        numbers = torch.tensor(found[arm], dtype=torch.float64)  # [counts, seeds]
-        seeds = numbers.shape[1]
-        error = numbers.std(1, correction=min(seeds - 1, 1)) / seeds**0.5
+        done = [(n, [*by.values()]) for n, by in zip(counts, found[arm], strict=True) if by]
+        numbers = [(n, statistics.fmean(some), _error(some)) for n, some in done]
+        if not numbers:
+            continue
         axes.errorbar(
-            counts, numbers.mean(1), error, color=colour, marker=marker, markersize=5, capsize=2,
-            linewidth=1.3, label=arm,
-        )  # fmt: skip
-    if ceiling is not None:
-        axes.axhline(ceiling[0], color="0.5", linestyle=":", linewidth=1)
-        axes.annotate(ceiling[1], (counts[0], ceiling[0]), (0, 3), textcoords="offset points")
+            *zip(*numbers, strict=True),
+            color=colour,
+            marker=marker,
+            markersize=5,
+            capsize=2,
+            linewidth=1.3,
+            label=arm,
+        )
     axes.set_xscale("log")
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
@@ -84,6 +84,11 @@ def curves(
     axes.set_ylabel("test accuracy in %")
     axes.legend(frameon=False)
     save(figure, folder, name)
+
+
+def _error(numbers: list[float]) -> float:
+    """Of the mean; none is known of a single number."""
+    return statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
 
 
 def fields(found: dict[int, tuple[Tensor, Tensor]], folder: Path) -> None:
