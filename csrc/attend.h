@@ -202,6 +202,22 @@ struct AttendScratch {
         values_space(arena.take<T>(KEYS * packed_row<T>(p.e))),
         output(arena, p.e) {}
 
+  // Adds the weights times the values of a block, `step` keys in a row of either.
+  template <class Product>
+  void add(const Product& product, const Visible<T>& v, Matrix<T> values, int step, bool few) {
+    for (int g = 0; g < (few ? 1 : v.GROUPS); ++g) {
+      const int begin = v.begin[g] / step, count = (v.end[g] + step - 1) / step - begin;
+      const T *weights = tile + g * PANEL<T> + begin * GROUP<T>, *from = values.at + begin * values.row;
+      if (few)
+        with_rows<T>(logits.count, [&](auto rows) {
+          few_outputs<rows.value>(product, output, Matrix<T>{from, values.row, 1}, count, weights);
+        });
+      else
+        of_panel(v, product, output.width, output.column_panel(g), Matrix<T>{from, 1, values.row},
+                 weights, count, true);
+    }
+  }
+
   // Every lane of the sums times a factor of its row.
   void scale_sums(const T* factor) {
     for (int g = 0; g < ROWS / GROUP<T>; ++g) {
@@ -289,34 +305,28 @@ static void attend(const Problem& p, int64_t item, void* memory) {
   for (Visible<T> v; walk.next(v);) {
     const Matrix<T> keys = s.logits.keys(p, v, Read::rows);
     Matrix<T> values{};
-    if (p.e)
+    if (p.e && in_pairs<T>(p))  // as they lie, until they are brought together
+      values = {reinterpret_cast<const T*>(row_of(p, p.value, lane, v.first)), p.value.row / 2, 1};
+    else if (p.e)
       values = block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space,
                         few ? Read::rows : Read::columns);
-    if (few) {
-      with_rows<T>(s.logits.count, [&](auto rows) {
-        few_scores<rows.value>(s.logits.query, keys, v.count, s.tile, values);
-      });
-      s.logits.shape(p, v, s.tile);
-    } else {
+    if (few)
+      few_logits(p, v, s.logits, keys, s.tile, values);
+    else
       s.logits.tile(p, v, keys, s.tile);
-    }
     const bool moved = state.absorb(p, v, s.tile);
     if (moved && few) s.scale_rows(state.decay);
     if (moved && !few) s.scale_sums(state.decay);
     if (p.dropout.lanes) s.logits.drop(p, v, s.tile);
     if (!p.e) continue;
-    if (p.mask.present && !v.full) values = shield(p, v, values, s.values_space, poisoned);
-    if (few) {
-      with_rows<T>(s.logits.count, [&](auto rows) {
-        few_outputs<rows.value>(s.output, Matrix<T>{values.at + v.begin[0] * values.row, values.row, 1},
-                                v.end[0] - v.begin[0], s.tile + v.begin[0] * GROUP<T>);
-      });
-      continue;
+    if (in_pairs<T>(p)) {
+      pair_weights(v, s.tile);
+      values = pair_values(p, v, lane, s.values_space, poisoned);
+      s.add(MultiplyPairs{}, v, values, 2, few);
+    } else {
+      if (p.mask.present && !v.full) values = shield(p, v, values, s.values_space, poisoned);
+      s.add(Multiply{}, v, values, 1, few);
     }
-    for (int g = 0; g < v.GROUPS; ++g)
-      of_panel(v, Multiply{}, p.e, s.output.column_panel(g),
-               Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
-               s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>, v.end[g] - v.begin[g], true);
   }
   const int64_t at = lane * p.n + row;
   finish(p, s, state, poisoned, few, p.peak ? static_cast<T*>(p.peak) + at : nullptr,

@@ -31,9 +31,9 @@ INLINE Vec<T> sums_of_rows(Vec<T> (&rows)[R]) {
 }
 
 // Scores of one group of N keys with R queries; the lines of `next` are on their way meanwhile.
-template <int R, int N, class T>
-INLINE void few_scores_of(const Tile<T>& query, const T* keys, int64_t row, T* out, const T* next,
-                          int64_t next_row) {
+template <int R, int N, class Step, class T>
+INLINE void few_scores_of(const Step& step, const Tile<T>& query, const T* keys, int64_t row, T* out,
+                          const T* next, int64_t next_row) {
   Vec<T> sums[N][R] = {};
   for (int64_t c = 0; c < query.width; c += W<T>) {
     const T* q = query.rows + c / GROUP<T> * ROWS * GROUP<T> + c % GROUP<T>;
@@ -47,29 +47,34 @@ INLINE void few_scores_of(const Tile<T>& query, const T* keys, int64_t row, T* o
     for (int r = 0; r < R; ++r) {
       const Vec<T> one = load(q + r * GROUP<T>);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sums[j][r] += k[j] * one;
+      for (int j = 0; j < N; ++j) sums[j][r] = step.template add<T>(sums[j][r], k[j], one);
     }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < N; ++j) store(out + j * GROUP<T>, sums_of_rows<T, R>(sums[j]));
+  for (int j = 0; j < N; ++j) {
+    const Vec<T> sum = sums_of_rows<T, R>(sums[j]);
+    store(out + j * GROUP<T>, finished(step, sum));
+  }
 }
 
 // values: the rows of the same keys' values, which are needed next.
-template <int R, class T>
-static void few_scores(const Tile<T>& query, Matrix<T> keys, int count, T* out, Matrix<T> values) {
+template <int R, class Step, class T>
+static void few_scores(const Step& step, const Tile<T>& query, Matrix<T> keys, int count, T* out,
+                       Matrix<T> values) {
   constexpr int N = R <= 4 ? 2 : 1;
   int j = 0;
   for (; j + N <= count; j += N)
-    few_scores_of<R, N>(query, keys.at + j * keys.row, keys.row, out + j * GROUP<T>,
+    few_scores_of<R, N>(step, query, keys.at + j * keys.row, keys.row, out + j * GROUP<T>,
                         values.at ? values.at + j * values.row : nullptr, values.row);
   for (; j < count; ++j)
-    few_scores_of<R, 1>(query, keys.at + j * keys.row, keys.row, out + j * GROUP<T>,
+    few_scores_of<R, 1>(step, query, keys.at + j * keys.row, keys.row, out + j * GROUP<T>,
                         static_cast<const T*>(nullptr), 0);
 }
 
 // output[r][channel] += sum_j weights[j][r] values[j][channel].
-template <int R, class T>
-static void few_outputs(Tile<T>& output, Matrix<T> values, int count, const T* weights) {
+template <int R, class Step, class T>
+static void few_outputs(const Step& step, Tile<T>& output, Matrix<T> values, int count,
+                        const T* weights) {
   for (int64_t c = 0; c < output.width; c += W<T>) {
     T* home = output.rows + c / GROUP<T> * ROWS * GROUP<T> + c % GROUP<T>;
     Vec<T> sums[2][R] = {};
@@ -78,7 +83,8 @@ static void few_outputs(Tile<T>& output, Matrix<T> values, int count, const T* w
     const auto one = [&](int j, int part) __attribute__((always_inline)) {
       const Vec<T> value = load(values.at + j * values.row + c);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[part][r] += value * weights[j * GROUP<T> + r];
+      for (int r = 0; r < R; ++r)
+        sums[part][r] = step.template call<T>(sums[part][r], weights[j * GROUP<T> + r], value, 0);
     };
     int j = 0;
     for (; j + 2 <= count; j += 2) one(j, 0), one(j + 1, R <= 4 ? 1 : 0);
@@ -96,6 +102,19 @@ INLINE void with_rows(int64_t count, const Each& each) {
   if constexpr (W<T> >= 4)
     if (count <= 4) return each(std::integral_constant<int, 4>());
   if constexpr (W<T> >= 8) each(std::integral_constant<int, 8>());
+}
+
+// The logits of a tile of few queries; `next` are rows that are needed soon.
+template <class T>
+static void few_logits(const Problem& p, const Visible<T>& v, const Logits<T>& logits, Matrix<T> keys,
+                       T* tile, Matrix<T> next) {
+  with_rows<T>(logits.count, [&](auto rows) {
+    if (in_pairs<T>(p))
+      few_scores<rows.value>(ScaledPairs{{}, float(p.scale)}, logits.query, keys, v.count, tile, next);
+    else
+      few_scores<rows.value>(Multiply{}, logits.query, keys, v.count, tile, next);
+  });
+  logits.shape(p, v, tile);
 }
 
 }  // namespace regard::REGARD_ISA

@@ -31,6 +31,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -42,9 +45,11 @@ std::vector<const Kernels*> builds() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    all.push_back(&avx512::kernels);
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) all.push_back(&avx512_bf16::kernels);
+  if (avx512) all.push_back(&avx512::kernels);
   if (avx2) all.push_back(&avx2::kernels);
 #endif
   all.push_back(&base::kernels);
@@ -116,6 +121,29 @@ void run(const Kernel& kernel, const Problem& p, int threads) {
       if (!bytes || memory) kernel.run(p, item, memory);
   }
   if (starved) throw std::bad_alloc();
+}
+
+// Whether rows of bfloat16 numbers are rows of pairs of them.
+bool lies_in_pairs(const Problem& p, const Operand& x) {
+  bool even = x.kind == Kind::bf16 && x.row % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+  for (int a = 0; a < p.axes; ++a) even &= x.axis[a] % 2 == 0;
+  return even;
+}
+
+void attend(Problem p, int threads) {
+  const bool positive = p.norm == Norm::softmax || p.norm == Norm::sigmoid || p.norm == Norm::relu;
+  // Weights of both signs may cancel, which rounded ones do not.
+  if (kernels().pairs && p.score == Score::dot && positive && p.compute == Kind::f32 &&
+      p.value.kind == Kind::bf16 && p.d % 2 == 0 && lies_in_pairs(p, p.query) &&
+      lies_in_pairs(p, p.key)) {
+    p.pairs = true;
+    p.d /= 2;
+    for (Operand* x : {&p.query, &p.key}) {
+      x->kind = Kind::f32, x->row /= 2;
+      for (int64_t& step : x->axis) step /= 2;
+    }
+  }
+  run(kernels().attend, p, threads);
 }
 
 Kind kind_of(int code) { return static_cast<Kind>(code); }
@@ -207,7 +235,7 @@ void attend_plain(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out
   for (int x = 0; x < 4; ++x)
     *homes[x] = operand(p, data[x], kind, part(shapes, x), part(strides, x), 2);
   nb::gil_scoped_release free;
-  run(kernels().attend, p, threads);
+  attend(p, threads);
 }
 
 double peak_flops(int threads, double seconds) {
@@ -272,8 +300,7 @@ NB_MODULE(_cpu, module) {
       });
 
   const auto free_of_gil = nb::call_guard<nb::gil_scoped_release>();
-  module.def("attend", [](const Problem& p, int threads) { run(kernels().attend, p, threads); },
-             free_of_gil);
+  module.def("attend", &attend, free_of_gil);
   module.def("attend_plain", &attend_plain);
   module.def("attend_grad",
              [](const Problem& p, int threads) { run(kernels().attend_grad, p, threads); },

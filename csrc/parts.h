@@ -1,7 +1,7 @@
 // The logits of a tile: score, softcap, biases, mask. And dropout. Everything is [key][query].
 #pragma once
 
-#include "tile.h"
+#include "pairs.h"
 
 namespace regard::REGARD_ISA {
 
@@ -66,10 +66,6 @@ INLINE void sum_of_reciprocals(T* out, const T* keys, int64_t row, const T* quer
   for (int r = 0; r < R; ++r) store(out + r * GROUP<T>, sums[r]);
 }
 
-// A tile of numbers per pair is panels [ROWS / GROUP][KEYS][GROUP].
-template <class T>
-constexpr int PANEL = KEYS * GROUP<T>;
-
 // panel_product to a panel; one vector is enough where a tile has so few queries.
 template <class T, class Step>
 INLINE void of_panel(const Visible<T>& v, const Step& step, int64_t rows, T* c, Matrix<T> a,
@@ -126,7 +122,7 @@ class Logits {
   // Packs the queries [first, first + count) of a lane.
   void start(const Problem& p, int64_t of_lane, int64_t first, int64_t number) {
     lane = of_lane, row = first, count = number;
-    query.read_rows(p, p.query, lane, row, count, p.score == Score::dot ? p.scale : 1);
+    query.read_rows(p, p.query, lane, row, count, p.score == Score::dot && !p.pairs ? p.scale : 1);
     query.rows_to_columns();
     if (p.weight.data) {
       // After the width's own numbers come two of score `reciprocal`.
@@ -244,6 +240,7 @@ class Logits {
     if (!p.d) return over(v, [&](int, int at, int) { store(out + at, Vec<T>{}); });
     switch (p.score) {
       case Score::dot:
+        if (in_pairs<T>(p)) return sums(p, v, keys, out, ScaledPairs{{}, float(p.scale)});
         return sums(p, v, keys, out, Multiply{});
       case Score::distance:
         return sums(p, v, keys, out, Distance<T>{weight});

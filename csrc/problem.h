@@ -66,6 +66,9 @@ struct Problem {
   bool mean = false;  // relu: divide by the number of visible keys
 
   Operand query, key, value;
+  // All three are bfloat16 and multiplied in pairs (pairs.h): query and key say Kind::f32, and d and
+  // their strides count pairs; value stays as it is.
+  bool pairs = false;
   Operand weight;    // additive: one row of d numbers (see parts.h)
   Operand toeplitz;  // bias by i - j + m - 1: rows of n + m - 1 + ROWS numbers
   Operand bias;      // bias by (i, j)
@@ -105,7 +108,7 @@ struct Kernel {
 
 struct Kernels {
   const char* name;
-  int vector_bytes;
+  bool pairs;  // whether they multiply pairs of bfloat16 numbers
   Kernel attend, attend_grad, look;
   double (*peak)(int64_t rounds);  // flops done
 };

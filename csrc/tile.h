@@ -115,6 +115,8 @@ struct Tile {
                  double scale = 1) {
     const char* from = row_of(p, x, lane, first);
     const int64_t size = size_of(x.kind);
+    // Pairs are not numbers: they are not touched.
+    const auto scaled = [&](Vec<T> v) { return scale == 1 ? v : v * T(scale); };
     for (int64_t c = 0; c < padded; c += GROUP<T>) {
       const int64_t some = width - c < GROUP<T> ? width - c : GROUP<T>;
       T* to = rows + c * ROWS;
@@ -123,12 +125,12 @@ struct Tile {
         if (some == GROUP<T> && x.kind == KIND<T>) {
 #pragma GCC unroll 2
           for (int q = 0; q < GROUP<T>; q += W<T>)
-            store(to + q, load(reinterpret_cast<const T*>(source) + q) * T(scale));
+            store(to + q, scaled(load(reinterpret_cast<const T*>(source) + q)));
           continue;
         }
         for (int64_t k = some; k < GROUP<T>; ++k) to[k] = 0;
         read(to, source, x.kind, some);
-        for (int q = 0; q < GROUP<T>; q += W<T>) store(to + q, load(to + q) * T(scale));
+        for (int q = 0; q < GROUP<T>; q += W<T>) store(to + q, scaled(load(to + q)));
       }
       for (const T* end = rows + (c + GROUP<T>) * ROWS; to < end; ++to) *to = 0;
     }
@@ -202,6 +204,10 @@ static inline Matrix<T> block_of(const Problem& p, const Operand& x, int64_t lan
     read(space + r * row, from + r * x.row * size_of(x.kind), x.kind, width);
   return {space, row, 1};
 }
+
+// A tile of numbers per pair is panels [ROWS / GROUP][KEYS][GROUP].
+template <class T>
+constexpr int PANEL = KEYS * GROUP<T>;
 
 // A block of keys that a tile of rows sees.
 template <class T>

@@ -1,0 +1,155 @@
+// Products of pairs of bfloat16 numbers: twice float32's rate, where the processor has them.
+//
+// A pair is one 32-bit number to everything that moves numbers. Along the width, queries and keys are
+// pairs as they lie in memory; along the keys, weights and values are brought together, two keys a
+// pair. Products are exact and sums are float32's, in which what is below its smallest normal number
+// (1e-38) counts as 0. Weights are rounded to bfloat16.
+#pragma once
+
+#include "tile.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace regard::REGARD_ISA {
+
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES)));
+constexpr auto ALL_HALVES = std::make_integer_sequence<int, 2 * W<float>>();
+
+// FIRST, FIRST + STEP, FIRST + 1, FIRST + 1 + STEP.. of the halves of a and then of b, as pairs.
+template <int FIRST, int STEP, int... K>
+INLINE Vec<float> in_turns(Halves a, Halves b, std::integer_sequence<int, K...>) {
+  return (Vec<float>)__builtin_shufflevector(a, b, (FIRST + K / 2 + K % 2 * STEP)...);
+}
+
+#if defined(__AVX512BF16__)
+
+constexpr bool FAST_PAIRS = true;
+
+// sum + a.low * b.low + a.high * b.high
+INLINE Vec<float> add_pairs(Vec<float> sum, Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+// Numbers rounded to bfloat16, as pairs.
+INLINE Vec<float> paired(Vec<float> low, Vec<float> high) {
+  const Halves both = (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return in_turns<0, W<float>>(both, both, ALL_HALVES);
+}
+
+#else  // The same in other words: slower than wide numbers, and there for tests.
+
+constexpr bool FAST_PAIRS = false;
+
+INLINE Vec<float> low_of(Vec<float> x) {
+  return as_number<float>((Bits<float>)((Words<float>)as_bits<float>(x) << 16));
+}
+INLINE Vec<float> high_of(Vec<float> x) { return as_number<float>(as_bits<float>(x) & ~0xffff); }
+
+INLINE Vec<float> add_pairs(Vec<float> sum, Vec<float> a, Vec<float> b) {
+  return sum + low_of(a) * low_of(b) + high_of(a) * high_of(b);
+}
+
+INLINE Words<float> rounded(Vec<float> x) {
+  const Words<float> bits = (Words<float>)as_bits<float>(x);
+  const Words<float> nearest = bits + 0x7fff + (bits >> 16 & 1);  // ties to even
+  return (x == x ? nearest : bits | 0x400000) & ~0xffffu;
+}
+
+INLINE Vec<float> paired(Vec<float> low, Vec<float> high) {
+  return as_number<float>((Bits<float>)(rounded(low) >> 16 | rounded(high)));
+}
+
+#endif
+
+template <class T>
+constexpr bool PAIRS = sizeof(T) == 4;
+
+template <class T>
+INLINE bool in_pairs(const Problem& p) {
+  return PAIRS<T> && p.pairs;
+}
+
+struct MultiplyPairs {
+  static constexpr int ROWS_AT_ONCE = TILE_ROWS;
+  template <class T>
+  INLINE Vec<T> add(Vec<T> sum, Vec<T> a, Vec<T> b) {
+    if constexpr (PAIRS<T>) return add_pairs(sum, a, b);
+    return sum;
+  }
+  template <class T>
+  INLINE Vec<T> call(Vec<T> sum, T a, Vec<T> b, int64_t) {
+    typename Lanes<T>::integer bits;
+    __builtin_memcpy(&bits, &a, sizeof bits);
+    return add<T>(sum, as_number<T>(bits - Bits<T>{}), b);
+  }
+};
+
+// With a scale that queries of so few digits cannot take in.
+struct ScaledPairs : MultiplyPairs {
+  float scale;
+  template <class V>
+  __attribute__((always_inline)) V finish(V sum) const {
+    return sum * scale;
+  }
+};
+
+// Weights [key][lane], in place: row j becomes keys 2 j and 2 j + 1; 0 where a group does not see one.
+template <class T>
+static void pair_weights(const Visible<T>& v, T* tile) {
+  if constexpr (PAIRS<T>)
+    for (int g = 0; g < v.GROUPS; ++g)
+      for (int j = v.begin[g] / 2 * 2; j < v.end[g]; j += 2)
+        for (int q = 0; q < v.vectors(); ++q) {
+          T* panel = tile + g * PANEL<T> + q * W<T>;
+          const T* from = panel + j * GROUP<T>;
+          const Vec<T> one = j < v.begin[g] ? Vec<T>{} : load(from);
+          const Vec<T> other = j + 1 < v.end[g] ? load(from + GROUP<T>) : Vec<T>{};
+          store(panel + j / 2 * GROUP<T>, paired(one, other));
+        }
+}
+
+// Values of a block as pairs of keys, [KEYS / 2][width]. Where pairs are hidden, 0 times NaN would be
+// NaN: values that are not finite are set to 0, and the rows that see one are marked, one bit each.
+template <class T>
+static Matrix<T> pair_values(const Problem& p, const Visible<T>& v, int64_t lane, T* space,
+                             uint64_t& poisoned) {
+  const int64_t row = packed_row<T>(p.e);
+  if constexpr (PAIRS<T>) {
+    constexpr int N = 2 * W<T>;
+    const Halves infinite = Halves{} + uint16_t(0x7f80);
+    const bool hides = p.mask.present && !v.full;
+    for (int j = 0; j < v.count; j += 2) {
+      const char* from = row_of(p, p.value, lane, v.first + j);
+      const uint16_t* rows[2] = {reinterpret_cast<const uint16_t*>(from),
+                                 reinterpret_cast<const uint16_t*>(from) + p.value.row};
+      bool usable[2] = {true, j + 1 < v.count};
+      const auto read = [&](int k, int64_t c) __attribute__((always_inline)) {
+        Halves x{};
+        if (!usable[k]) return x;
+        if (c + N <= p.e)
+          __builtin_memcpy(&x, rows[k] + c, sizeof x);
+        else
+          __builtin_memcpy(&x, rows[k] + c, size_t(p.e - c) * 2);
+        return x;
+      };
+      for (int k = 0; hides && k < 2; ++k) {
+        Halves found{};
+        for (int64_t c = 0; c < p.e; c += N) found |= (read(k, c) & infinite) == infinite;
+        bool any = false;
+        for (int u = 0; u < N; ++u) any |= found[u] != 0;
+        if (any) poisoned |= v.keep[j + k], usable[k] = false;
+      }
+      T* to = space + j / 2 * row;
+      for (int64_t c = 0; c < p.e; c += N) {
+        const Halves one = read(0, c), other = read(1, c);
+        store(to + c, in_turns<0, N>(one, other, ALL_HALVES));
+        if (c + W<T> < row) store(to + c + W<T>, in_turns<N / 2, N>(one, other, ALL_HALVES));
+      }
+    }
+  }
+  return {space, row, 1};
+}
+
+}  // namespace regard::REGARD_ISA
