@@ -47,9 +47,16 @@ struct State {
   // Logits to weights relative to the peak, in place; returns whether earlier sums must decay.
   template <bool SPREAD = false>
   bool absorb(const Problem& p, const Visible<T>& v, T* tile) {
-    if (p.norm == Norm::softmax) return absorb_softmax<SPREAD>(v, tile);
+    if constexpr (PAIRS<T> && !SPREAD)
+      if (in_pairs_of_keys(p)) return absorb_softmax<false, true>(v, tile);
+    if (p.norm == Norm::softmax) return absorb_softmax<SPREAD, false>(v, tile);
     p.norm == Norm::row_sum ? absorb_sum(v, tile) : absorb_by_pair(p, v, tile);
     return false;
+  }
+
+  // Whether `absorb` leaves weights as pairs of keys.
+  static bool in_pairs_of_keys(const Problem& p) {
+    return in_pairs<T>(p) && p.norm == Norm::softmax && !p.dropout.lanes;
   }
 
   // What is in the sum without a key: eps; and the sink, which is one more key, whose value is 0.
@@ -79,7 +86,26 @@ struct State {
   }
 
  private:
-  template <bool SPREAD>
+  // Weights of keys 2 j and 2 j + 1 to row j, 0 outside [begin, end).
+  static __attribute__((always_inline)) void weigh_in_pairs(int begin, int end, T* at, Vec<T> base,
+                                                            Vec<T> (&sums)[FEW]) {
+    const auto weight = [&](int j, int u) __attribute__((always_inline)) {
+      const Vec<T> one = exp<T, true>(load(at + j * GROUP<T>) - base);
+      sums[u] += one;
+      return one;
+    };
+    const auto both = [&](int j, int u) __attribute__((always_inline)) {
+      const Vec<T> one = weight(j, u), other = weight(j + 1, u + 1);
+      store(at + j / 2 * GROUP<T>, as_pairs(one, other));
+    };
+    int j = begin;
+    if (j % 2 && j < end) store(at + j / 2 * GROUP<T>, as_pairs(Vec<T>{}, weight(j, 0))), ++j;
+    for (; j + FEW <= end; j += FEW) both(j, 0), both(j + 2, 2);
+    if (j + 2 <= end) both(j, 0), j += 2;
+    if (j < end) store(at + j / 2 * GROUP<T>, as_pairs(weight(j, 0), Vec<T>{}));
+  }
+
+  template <bool SPREAD, bool PAIRED>
   bool absorb_softmax(const Visible<T>& v, T* tile) {
     bool moved = false;
     for (int g = 0; g < v.GROUPS; ++g)
@@ -91,13 +117,16 @@ struct State {
         for (int j = v.begin[g]; j < v.end[g]; ++j) now = max(load(at + j * GROUP<T>), now);
         const Vec<T> base = now == -INF<T> ? Vec<T>{} : now;
         Vec<T> sums[FEW] = {}, spreads[FEW] = {};
-        few_sums(v.begin[g], v.end[g], [&](int j, int u) __attribute__((always_inline)) {
-          const Vec<T> x = load(at + j * GROUP<T>) - base, weight = exp<T>(x);
-          store(at + j * GROUP<T>, weight);
-          sums[u] += weight;
-          // Below `low` the weight is 0, and 0 times infinity is not.
-          if constexpr (SPREAD) spreads[u] += weight * max(x, splat(Constants<T>::low));
-        });
+        if constexpr (PAIRED)
+          weigh_in_pairs(v.begin[g], v.end[g], at, base, sums);
+        else
+          few_sums(v.begin[g], v.end[g], [&](int j, int u) __attribute__((always_inline)) {
+            const Vec<T> x = load(at + j * GROUP<T>) - base, weight = exp<T>(x);
+            store(at + j * GROUP<T>, weight);
+            sums[u] += weight;
+            // Below `low` the weight is 0, and 0 times infinity is not.
+            if constexpr (SPREAD) spreads[u] += weight * max(x, splat(Constants<T>::low));
+          });
         const Vec<T> shrink = exp<T>(before - base);
         if constexpr (SPREAD) {
           const Vec<T> moves = max(before - base, splat(Constants<T>::low));
@@ -320,7 +349,7 @@ static void attend(const Problem& p, int64_t item, void* memory) {
     if (p.dropout.lanes) s.logits.drop(p, v, s.tile);
     if (!p.e) continue;
     if (in_pairs<T>(p)) {
-      pair_weights(v, s.tile);
+      if (!state.in_pairs_of_keys(p)) pair_weights(v, s.tile);
       values = pair_values(p, v, lane, s.values_space, poisoned);
       s.add(MultiplyPairs{}, v, values, 2, few);
     } else {

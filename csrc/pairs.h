@@ -33,7 +33,7 @@ INLINE Vec<float> add_pairs(Vec<float> sum, Vec<float> a, Vec<float> b) {
 }
 
 // Numbers rounded to bfloat16, as pairs.
-INLINE Vec<float> paired(Vec<float> low, Vec<float> high) {
+INLINE Vec<float> as_pairs(Vec<float> low, Vec<float> high) {
   const Halves both = (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   return in_turns<0, W<float>>(both, both, ALL_HALVES);
 }
@@ -57,7 +57,7 @@ INLINE Words<float> rounded(Vec<float> x) {
   return (x == x ? nearest : bits | 0x400000) & ~0xffffu;
 }
 
-INLINE Vec<float> paired(Vec<float> low, Vec<float> high) {
+INLINE Vec<float> as_pairs(Vec<float> low, Vec<float> high) {
   return as_number<float>((Bits<float>)(rounded(low) >> 16 | rounded(high)));
 }
 
@@ -106,8 +106,24 @@ static void pair_weights(const Visible<T>& v, T* tile) {
           const T* from = panel + j * GROUP<T>;
           const Vec<T> one = j < v.begin[g] ? Vec<T>{} : load(from);
           const Vec<T> other = j + 1 < v.end[g] ? load(from + GROUP<T>) : Vec<T>{};
-          store(panel + j / 2 * GROUP<T>, paired(one, other));
+          store(panel + j / 2 * GROUP<T>, as_pairs(one, other));
         }
+}
+
+// Numbers [at, at + 2 W) of a row, 0 beyond its width and where there is no row.
+INLINE Halves some_of(const uint16_t* row, int64_t at, int64_t width) {
+  Halves x{};
+  if (row && width - at >= 2 * W<float>)
+    __builtin_memcpy(&x, row + at, sizeof x);
+  else if (row)
+    for (int64_t c = at; c < width; ++c) x[c - at] = row[c];
+  return x;
+}
+
+static inline bool is_finite(const uint16_t* row, int64_t width) {
+  bool finite = true;
+  for (int64_t c = 0; c < width; ++c) finite &= (row[c] & 0x7f80) != 0x7f80;
+  return finite;
 }
 
 // Values of a block as pairs of keys, [KEYS / 2][width]. Where pairs are hidden, 0 times NaN would be
@@ -118,34 +134,18 @@ static Matrix<T> pair_values(const Problem& p, const Visible<T>& v, int64_t lane
   const int64_t row = packed_row<T>(p.e);
   if constexpr (PAIRS<T>) {
     constexpr int N = 2 * W<T>;
-    const Halves infinite = Halves{} + uint16_t(0x7f80);
+    const auto* rows = reinterpret_cast<const uint16_t*>(row_of(p, p.value, lane, v.first));
     const bool hides = p.mask.present && !v.full;
     for (int j = 0; j < v.count; j += 2) {
-      const char* from = row_of(p, p.value, lane, v.first + j);
-      const uint16_t* rows[2] = {reinterpret_cast<const uint16_t*>(from),
-                                 reinterpret_cast<const uint16_t*>(from) + p.value.row};
-      bool usable[2] = {true, j + 1 < v.count};
-      const auto read = [&](int k, int64_t c) __attribute__((always_inline)) {
-        Halves x{};
-        if (!usable[k]) return x;
-        if (c + N <= p.e)
-          __builtin_memcpy(&x, rows[k] + c, sizeof x);
-        else
-          __builtin_memcpy(&x, rows[k] + c, size_t(p.e - c) * 2);
-        return x;
-      };
-      for (int k = 0; hides && k < 2; ++k) {
-        Halves found{};
-        for (int64_t c = 0; c < p.e; c += N) found |= (read(k, c) & infinite) == infinite;
-        bool any = false;
-        for (int u = 0; u < N; ++u) any |= found[u] != 0;
-        if (any) poisoned |= v.keep[j + k], usable[k] = false;
-      }
+      const uint16_t* one = rows + j * p.value.row;
+      const uint16_t* other = j + 1 < v.count ? one + p.value.row : nullptr;
+      if (hides && !is_finite(one, p.e)) poisoned |= v.keep[j], one = nullptr;
+      if (hides && other && !is_finite(other, p.e)) poisoned |= v.keep[j + 1], other = nullptr;
       T* to = space + j / 2 * row;
       for (int64_t c = 0; c < p.e; c += N) {
-        const Halves one = read(0, c), other = read(1, c);
-        store(to + c, in_turns<0, N>(one, other, ALL_HALVES));
-        if (c + W<T> < row) store(to + c + W<T>, in_turns<N / 2, N>(one, other, ALL_HALVES));
+        const Halves x = some_of(one, c, p.e), y = some_of(other, c, p.e);
+        store(to + c, in_turns<0, N>(x, y, ALL_HALVES));
+        if (p.e - c > W<T>) store(to + c + W<T>, in_turns<N / 2, N>(x, y, ALL_HALVES));
       }
     }
   }
