@@ -252,10 +252,14 @@ class Walk {
   int64_t at[ROWS], end[ROWS];
 
   bool next_of_all(Visible<T>& v) {
-    if (from >= p.m) return false;
-    v.first = from;
-    v.count = int(p.m - from < KEYS ? p.m - from : KEYS);
-    from += v.count;
+    return from < p.m && whole(v, from, p.m - from < KEYS ? p.m : from + KEYS);
+  }
+
+  // A block of keys that all rows see.
+  bool whole(Visible<T>& v, int64_t begin, int64_t end) {
+    v.first = begin;
+    v.count = int(end - begin);
+    from = end;
     v.full = rows == ROWS;
     const uint64_t all = rows == ROWS ? ~uint64_t(0) : (uint64_t(1) << rows) - 1;
     for (int j = 0; j < v.count && !v.full; ++j) v.keep[j] = all;
@@ -263,6 +267,13 @@ class Walk {
       v.begin[g] = 0;
       v.end[g] = g * GROUP<T> < rows ? v.count : 0;
     }
+    return true;
+  }
+
+  // Whether every row's next run covers [low, high).
+  bool in_all_rows(int64_t low, int64_t high) const {
+    for (int r = 0; r < rows; ++r)
+      if (at[r] >= end[r] || p.mask.start[at[r]] > low || p.mask.stop[at[r]] < high) return false;
     return true;
   }
 
@@ -275,6 +286,7 @@ class Walk {
     if (low < from) low = from;
     if (low >= p.m) return false;
     const int64_t limit = p.m - low < KEYS ? p.m : low + KEYS;
+    if (in_all_rows(low, limit)) return whole(v, low, limit);
     // Runs toggle a row's bit where they begin and end; the running exclusive or is the mask.
     uint64_t flip[KEYS + 1] = {};
     for (int r = 0; r < rows; ++r)
