@@ -334,13 +334,11 @@ static void attend(const Problem& p, int64_t item, void* memory) {
   for (Visible<T> v; walk.next(v);) {
     const Matrix<T> keys = s.logits.keys(p, v, Read::rows);
     Matrix<T> values{};
-    if (p.e && in_pairs<T>(p))  // as they lie, until they are brought together
-      values = {reinterpret_cast<const T*>(row_of(p, p.value, lane, v.first)), p.value.row / 2, 1};
-    else if (p.e)
+    if (p.e && !in_pairs<T>(p))
       values = block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space,
                         few ? Read::rows : Read::columns);
     if (few)
-      few_logits(p, v, s.logits, keys, s.tile, values);
+      few_logits(p, v, s.logits, keys, s.tile);
     else
       s.logits.tile(p, v, keys, s.tile);
     const bool moved = state.absorb(p, v, s.tile);

@@ -148,6 +148,8 @@ static Matrix<T> pair_values(const Problem& p, const Visible<T>& v, int64_t lane
       if (hides && other && !is_finite(other, p.e)) poisoned |= v.keep[j + 1], other = nullptr;
       T* to = space + j / 2 * row;
       for (int64_t c = 0; c < p.e; c += N) {
+        bring(rows + (j + KEYS) * p.value.row + c);
+        bring(rows + (j + 1 + KEYS) * p.value.row + c);
         const Halves x = some_of(one, c, p.e), y = some_of(other, c, p.e);
         store(to + c, in_turns<0, N>(x, y, ALL_HALVES));
         if (p.e - c > W<T>) store(to + c + W<T>, in_turns<N / 2, N>(x, y, ALL_HALVES));
