@@ -4,6 +4,7 @@
 // serves every torch. The dynamic libgomp that torch has loaded is used: one pool, one number of
 // threads. A second pool would spin against torch's on the same cores.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <pthread.h>
@@ -11,6 +12,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -123,6 +125,9 @@ void run(const Kernel& kernel, const Problem& p, int threads) {
   if (starved) throw std::bad_alloc();
 }
 
+// Whether pairs are multiplied wherever they may be, or nowhere, whatever is faster; for tests.
+std::optional<bool> chosen_pairs;
+
 // Whether rows of bfloat16 numbers are rows of pairs of them.
 bool lies_in_pairs(const Problem& p, const Operand& x) {
   bool even = x.kind == Kind::bf16 && x.row % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
@@ -133,7 +138,7 @@ bool lies_in_pairs(const Problem& p, const Operand& x) {
 void attend(Problem p, int threads) {
   const bool positive = p.norm == Norm::softmax || p.norm == Norm::sigmoid || p.norm == Norm::relu;
   // Weights of both signs may cancel, which rounded ones do not.
-  if (kernels().pairs && p.score == Score::dot && positive && p.compute == Kind::f32 &&
+  if (chosen_pairs.value_or(kernels().pairs) && p.score == Score::dot && positive && p.compute == Kind::f32 &&
       p.value.kind == Kind::bf16 && p.d % 2 == 0 && lies_in_pairs(p, p.query) &&
       lies_in_pairs(p, p.key)) {
     p.pairs = true;
@@ -312,6 +317,8 @@ NB_MODULE(_cpu, module) {
   module.attr("GRADIENT_STEP") = GRADIENT_STEP;
   module.def("isa", [] { return std::string(kernels().name); });
   module.def("select_isa", [](const std::string& name) { selected = find(name); });
+  module.def("select_pairs", [](std::optional<bool> pairs) { chosen_pairs = pairs; },
+             nb::arg().none());
   module.def("isas", [] {
     std::vector<std::string> names;
     for (const Kernels* build : builds()) names.emplace_back(build->name);
