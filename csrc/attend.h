@@ -348,7 +348,7 @@ static void attend(const Problem& p, int64_t item, void* memory) {
     if (!p.e) continue;
     if (in_pairs<T>(p)) {
       if (!state.in_pairs_of_keys(p)) pair_weights(v, s.tile);
-      values = pair_values(p, v, lane, s.values_space, poisoned);
+      values = pair_keys(p, p.value, p.e, v, lane, s.values_space, poisoned);
       s.add(MultiplyPairs{}, v, values, 2, few);
     } else {
       if (p.mask.present && !v.full) values = shield(p, v, values, s.values_space, poisoned);

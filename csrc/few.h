@@ -14,7 +14,7 @@ constexpr int MOST_FEW = 8;
 template <class T>
 static inline bool is_few(const Problem& p, int64_t count) {
   return count <= MOST_FEW && count <= W<T> && p.score == Score::dot && p.left.kind == Kind::none &&
-         p.d > 0 && p.d % W<T> == 0 && p.e % W<T> == 0;
+         p.d > 0 && factors_in<T>(p, p.d) % W<T> == 0 && p.e % W<T> == 0;
 }
 
 // Row r takes in row r + HALF: its lanes are then sums of either, and at last lane k is that of row k.

@@ -129,26 +129,29 @@ void run(const Kernel& kernel, const Problem& p, int threads) {
 std::optional<bool> chosen_pairs;
 
 // Whether rows of bfloat16 numbers are rows of pairs of them.
-bool lies_in_pairs(const Problem& p, const Operand& x) {
-  bool even = x.kind == Kind::bf16 && x.row % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+bool lies_in_pairs(const Problem& p, const Operand& x, int64_t width) {
+  bool even = x.kind == Kind::bf16 && width % 2 == 0 && x.row % 2 == 0 &&
+              reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
   for (int a = 0; a < p.axes; ++a) even &= x.axis[a] % 2 == 0;
   return even;
 }
 
-void attend(Problem p, int threads) {
+// Weights of both signs may cancel, which rounded ones do not.
+bool multiplies_pairs(const Problem& p) {
   const bool positive = p.norm == Norm::softmax || p.norm == Norm::sigmoid || p.norm == Norm::relu;
-  // Weights of both signs may cancel, which rounded ones do not.
-  if (chosen_pairs.value_or(kernels().pairs) && p.score == Score::dot && positive && p.compute == Kind::f32 &&
-      p.value.kind == Kind::bf16 && p.d % 2 == 0 && lies_in_pairs(p, p.query) &&
-      lies_in_pairs(p, p.key)) {
-    p.pairs = true;
-    p.d /= 2;
-    for (Operand* x : {&p.query, &p.key}) {
-      x->kind = Kind::f32, x->row /= 2;
-      for (int64_t& step : x->axis) step /= 2;
-    }
-  }
+  return chosen_pairs.value_or(kernels().pairs) && p.score == Score::dot && positive &&
+         p.compute == Kind::f32 && p.value.kind == Kind::bf16 && lies_in_pairs(p, p.query, p.d) &&
+         lies_in_pairs(p, p.key, p.d);
+}
+
+void attend(Problem p, int threads) {
+  p.pairs = multiplies_pairs(p);
   run(kernels().attend, p, threads);
+}
+
+void attend_grad(Problem p, int threads) {
+  p.pairs = multiplies_pairs(p) && lies_in_pairs(p, p.value, p.e) && lies_in_pairs(p, p.left, p.e);
+  run(kernels().attend_grad, p, threads);
 }
 
 Kind kind_of(int code) { return static_cast<Kind>(code); }
@@ -307,9 +310,7 @@ NB_MODULE(_cpu, module) {
   const auto free_of_gil = nb::call_guard<nb::gil_scoped_release>();
   module.def("attend", &attend, free_of_gil);
   module.def("attend_plain", &attend_plain);
-  module.def("attend_grad",
-             [](const Problem& p, int threads) { run(kernels().attend_grad, p, threads); },
-             free_of_gil);
+  module.def("attend_grad", &attend_grad, free_of_gil);
   module.def("look", [](const Problem& p, int threads) { run(kernels().look, p, threads); },
              free_of_gil);
   module.attr("ROWS") = ROWS;

@@ -38,6 +38,11 @@ INLINE Vec<float> as_pairs(Vec<float> low, Vec<float> high) {
   return in_turns<0, W<float>>(both, both, ALL_HALVES);
 }
 
+// Numbers of two vectors rounded to bfloat16, one after the other.
+INLINE Vec<float> in_line(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+
 #else  // The same in other words: slower than wide numbers, and there for tests.
 
 constexpr bool FAST_PAIRS = false;
@@ -61,6 +66,13 @@ INLINE Vec<float> as_pairs(Vec<float> low, Vec<float> high) {
   return as_number<float>((Bits<float>)(rounded(low) >> 16 | rounded(high)));
 }
 
+INLINE Vec<float> in_line(Vec<float> a, Vec<float> b) {
+  Halves halves;
+  for (int u = 0; u < W<float>; ++u)
+    halves[u] = uint16_t(rounded(a)[u] >> 16), halves[u + W<float>] = uint16_t(rounded(b)[u] >> 16);
+  return (Vec<float>)halves;
+}
+
 #endif
 
 template <class T>
@@ -69,6 +81,21 @@ constexpr bool PAIRS = sizeof(T) == 4;
 template <class T>
 INLINE bool in_pairs(const Problem& p) {
   return PAIRS<T> && p.pairs;
+}
+
+// Rows as they are multiplied: of pairs, which are numbers of 32 bits, or of numbers.
+template <class T>
+static Operand factors_of(const Problem& p, const Operand& x) {
+  Operand view = x;
+  if (!in_pairs<T>(p)) return view;
+  view.kind = Kind::f32, view.row /= 2;
+  for (int64_t& step : view.axis) step /= 2;
+  return view;
+}
+
+template <class T>
+static int64_t factors_in(const Problem& p, int64_t width) {
+  return in_pairs<T>(p) ? width / 2 : width;
 }
 
 struct MultiplyPairs {
@@ -131,32 +158,62 @@ static inline bool is_finite(const uint16_t* row, int64_t width) {
   return !any;
 }
 
-// Values of a block as pairs of keys, [KEYS / 2][width]. Where pairs are hidden, 0 times NaN would be
-// NaN: values that are not finite are set to 0, and the rows that see one are marked, one bit each.
+// Values, or keys, of a block as pairs of keys, [KEYS / 2][width]. Where pairs are hidden, 0 times NaN
+// would be NaN: rows that are not finite are set to 0, and those that see one are marked, one bit each.
 template <class T>
-static Matrix<T> pair_values(const Problem& p, const Visible<T>& v, int64_t lane, T* space,
-                             uint64_t& poisoned) {
-  const int64_t row = packed_row<T>(p.e);
+static Matrix<T> pair_keys(const Problem& p, const Operand& x, int64_t width, const Visible<T>& v,
+                           int64_t lane, T* space, uint64_t& poisoned) {
+  const int64_t row = packed_row<T>(width);
   if constexpr (PAIRS<T>) {
     constexpr int N = 2 * W<T>;
-    const auto* rows = reinterpret_cast<const uint16_t*>(row_of(p, p.value, lane, v.first));
+    const auto* rows = reinterpret_cast<const uint16_t*>(row_of(p, x, lane, v.first));
     const bool hides = p.mask.present && !v.full;
     for (int j = 0; j < v.count; j += 2) {
-      const uint16_t* one = rows + j * p.value.row;
-      const uint16_t* other = j + 1 < v.count ? one + p.value.row : nullptr;
-      if (hides && !is_finite(one, p.e)) poisoned |= v.keep[j], one = nullptr;
-      if (hides && other && !is_finite(other, p.e)) poisoned |= v.keep[j + 1], other = nullptr;
+      const uint16_t* one = rows + j * x.row;
+      const uint16_t* other = j + 1 < v.count ? one + x.row : nullptr;
+      if (hides && !is_finite(one, width)) poisoned |= v.keep[j], one = nullptr;
+      if (hides && other && !is_finite(other, width)) poisoned |= v.keep[j + 1], other = nullptr;
       T* to = space + j / 2 * row;
-      for (int64_t c = 0; c < p.e; c += N) {
-        bring(rows + (j + KEYS) * p.value.row + c);
-        bring(rows + (j + 1 + KEYS) * p.value.row + c);
-        const Halves x = some_of(one, c, p.e), y = some_of(other, c, p.e);
-        store(to + c, in_turns<0, N>(x, y, ALL_HALVES));
-        if (p.e - c > W<T>) store(to + c + W<T>, in_turns<N / 2, N>(x, y, ALL_HALVES));
+      for (int64_t c = 0; c < width; c += N) {
+        bring(rows + (j + KEYS) * x.row + c);
+        bring(rows + (j + 1 + KEYS) * x.row + c);
+        const Halves a = some_of(one, c, width), b = some_of(other, c, width);
+        store(to + c, in_turns<0, N>(a, b, ALL_HALVES));
+        if (width - c > W<T>) store(to + c + W<T>, in_turns<N / 2, N>(a, b, ALL_HALVES));
       }
     }
   }
   return {space, row, 1};
+}
+
+// Rows [first, first + count) of a tile as pairs of rows: panels [width / GROUP][ROWS / 2][GROUP].
+template <class T>
+static void pair_rows(const Problem& p, const Operand& x, int64_t width, int64_t lane, int64_t first,
+                      int64_t count, T* panels) {
+  if constexpr (PAIRS<T>) {
+    constexpr int N = 2 * W<T>;
+    const auto* rows = reinterpret_cast<const uint16_t*>(row_of(p, x, lane, first));
+    for (int64_t c = 0; c < width; c += N)
+      for (int64_t r = 0; r < ROWS; r += 2, panels += GROUP<T>) {
+        const Halves a = some_of(r < count ? rows + r * x.row : nullptr, c, width);
+        const Halves b = some_of(r + 1 < count ? rows + (r + 1) * x.row : nullptr, c, width);
+        store(panels, in_turns<0, N>(a, b, ALL_HALVES));
+        store(panels + W<T>, in_turns<N / 2, N>(a, b, ALL_HALVES));
+      }
+  }
+}
+
+// A tile of panels times a factor as [KEYS][pair of lanes], 0 where a group does not see the key.
+template <class T>
+static void pair_lanes(const Visible<T>& v, const T* tile, double factor, T* to) {
+  if constexpr (PAIRS<T>)
+    for (int g = 0; g < v.GROUPS; ++g)
+      for (int j = 0; j < v.count; ++j) {
+        const T* from = tile + g * PANEL<T> + j * GROUP<T>;
+        const bool seen = j >= v.begin[g] && j < v.end[g];
+        store(to + j * (ROWS / 2) + g * W<T>,
+              seen ? in_line(load(from) * T(factor), load(from + W<T>) * T(factor)) : Vec<T>{});
+      }
 }
 
 }  // namespace regard::REGARD_ISA

@@ -113,7 +113,7 @@ template <class T>
 class Logits {
  public:
   Logits(Arena& arena, const Problem& p)
-      : query(arena, p.d),
+      : query(arena, factors_in<T>(p, p.d)),
         weight(arena.take<T>(p.weight.data ? query.padded + 2 : 0)),
         bias_space(arena.take<T>(p.bias.data || p.band.data ? 2 * KEYS * ROWS : 0)),
         keys_space(arena.take<T>(KEYS * packed_row<T>(p.d))),
@@ -122,7 +122,8 @@ class Logits {
   // Packs the queries [first, first + count) of a lane.
   void start(const Problem& p, int64_t of_lane, int64_t first, int64_t number) {
     lane = of_lane, row = first, count = number;
-    query.read_rows(p, p.query, lane, row, count, p.score == Score::dot && !p.pairs ? p.scale : 1);
+    query.read_rows(p, factors_of<T>(p, p.query), lane, row, count,
+                    p.score == Score::dot && !p.pairs ? p.scale : 1);
     query.rows_to_columns();
     if (p.weight.data) {
       // After the width's own numbers come two of score `reciprocal`.
@@ -158,7 +159,7 @@ class Logits {
   }
 
   Matrix<T> keys(const Problem& p, const Visible<T>& v, Read how) const {
-    return block_of(p, p.key, lane, v.first, v.count, p.d, keys_space, how);
+    return block_of(p, factors_of<T>(p, p.key), lane, v.first, v.count, query.width, keys_space, how);
   }
 
   // logits[key][query] where visible, -inf elsewhere within each group's range of keys.
@@ -232,8 +233,8 @@ class Logits {
   void sums(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out, const Step& step) const {
     for (int g = 0; g < v.GROUPS; ++g)
       of_panel(v, step, v.end[g] - v.begin[g], out + g * PANEL<T> + v.begin[g] * GROUP<T>,
-               Matrix<T>{keys.at + v.begin[g] * keys.row, keys.row, 1}, query.column_panel(g), p.d,
-               false);
+               Matrix<T>{keys.at + v.begin[g] * keys.row, keys.row, 1}, query.column_panel(g),
+               query.width, false);
   }
 
   void scores(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out) const {

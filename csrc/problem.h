@@ -66,9 +66,7 @@ struct Problem {
   bool mean = false;  // relu: divide by the number of visible keys
 
   Operand query, key, value;
-  // All three are bfloat16 and multiplied in pairs (pairs.h): query and key say Kind::f32, and d and
-  // their strides count pairs; value stays as it is.
-  bool pairs = false;
+  bool pairs = false;  // these and `left` are bfloat16, and are multiplied in pairs (pairs.h)
   Operand weight;    // additive: one row of d numbers (see parts.h)
   Operand toeplitz;  // bias by i - j + m - 1: rows of n + m - 1 + ROWS numbers
   Operand bias;      // bias by (i, j)
