@@ -108,8 +108,10 @@ def plain() -> list[Case]:
         Problem(long, dtype=torch.bfloat16),
         Problem(long, causal, dtype=torch.bfloat16),
         Problem(middle, causal, dtype=torch.bfloat16),
+        Problem(wide, causal, dtype=torch.bfloat16),
     ]
     trained = [replace(problem, train=True) for problem in both if problem.shape != wide]
+    trained += [replace(problem, train=True) for problem in half]
     return [
         softmax(problem, footprint=problem.train and problem.shape == long)
         for problem in both + half + trained

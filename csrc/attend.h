@@ -3,7 +3,8 @@
 // reference  regard/form/dense.py::product        backward  attend_grad.h
 // work       2 n m (d + e) flops for the pairs in visited tiles
 // scratch    (2 d + 2 e + KEYS) ROWS numbers a thread; nothing of size n m
-// precision  everything in T; half-precision inputs are widened block by block
+// precision  everything in T; half-precision inputs are widened block by block, or multiplied in pairs,
+//            which rounds weights and logits' gradients to bfloat16 (pairs.h)
 // after      Milakov & Gimelshein 2018, arXiv:1805.02867 (running normalizer); Rabe & Staats 2021,
 //            arXiv:2112.05682 (tiles); Dao 2023, arXiv:2307.08691, alg. 1 (loop order)
 //

@@ -194,6 +194,7 @@ class Backward {
     T *w = weights(slot), *dw = dweights(slot);
     if (p.value.kind == Kind::none) {  // only dvalue is wanted, as by the product with the transpose
       if (p.dropout.lanes) s.logits.drop(p, v, w);
+      clear_outside(v, w);
       return add_to_keys(v, w, 1, s.left.rows, p.e, dvalue);
     }
     over(v, [&](int j, int at, int q) {
@@ -214,6 +215,8 @@ class Backward {
       store(dw + at, dlogit);
       if (p.dropout.lanes) store(w + at, weight * s.logits.drop_factor(p, v.first + j, q));
     });
+    clear_outside(v, w);
+    clear_outside(v, dw);
     if (dvalue) add_to_keys(v, w, 1, in_pairs<T>(p) ? s.left_rows : s.left.rows, p.e, dvalue);
     add_to_biases(p, s.logits, chunk, v, dw);
     if (p.softcap)
@@ -259,14 +262,11 @@ class Backward {
 
   // to[key][width] += factor times the sum over queries of tile[key][query] rows[query][width]; `rows`
   // are panels, and have the factor in them where they are not pairs.
-  void add_to_keys(const Visible<T>& v, T* tile, double factor, const T* rows, int64_t width, T* to) {
+  void add_to_keys(const Visible<T>& v, const T* tile, double factor, const T* rows, int64_t width, T* to) {
     constexpr int STEP = 24;  // a multiple of every register tile's rows
     const int64_t ldc = round_up(width, GRADIENT_STEP), step = in_pairs<T>(p) ? 2 : 1;
     to += v.first * ldc;
-    if (in_pairs<T>(p))
-      pair_lanes(v, tile, factor, s.lanes);
-    else
-      clear_outside(v, tile);
+    if (in_pairs<T>(p)) pair_lanes(v, tile, factor, s.lanes);
     for (int64_t c = 0; c < width; c += GROUP<T>)
       for (int j = 0; j < v.count; j += v.full ? KEYS : STEP) {
         // Only the panels of queries that see one of these keys.

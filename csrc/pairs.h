@@ -203,16 +203,15 @@ static void pair_rows(const Problem& p, const Operand& x, int64_t width, int64_t
   }
 }
 
-// A tile of panels times a factor as [KEYS][pair of lanes], 0 where a group does not see the key.
+// A tile of panels times a factor as [KEYS][pair of lanes].
 template <class T>
 static void pair_lanes(const Visible<T>& v, const T* tile, double factor, T* to) {
   if constexpr (PAIRS<T>)
     for (int g = 0; g < v.GROUPS; ++g)
       for (int j = 0; j < v.count; ++j) {
         const T* from = tile + g * PANEL<T> + j * GROUP<T>;
-        const bool seen = j >= v.begin[g] && j < v.end[g];
         store(to + j * (ROWS / 2) + g * W<T>,
-              seen ? in_line(load(from) * T(factor), load(from + W<T>) * T(factor)) : Vec<T>{});
+              in_line(load(from) * T(factor), load(from + W<T>) * T(factor)));
       }
 }
 

@@ -230,7 +230,7 @@ class Logits {
   Words<T> fixed[ROWS / W<T>], added[ROWS / W<T>];  // of the dropout hash, for each row
 
   template <class Step>
-  void sums(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out, const Step& step) const {
+  void sums(const Visible<T>& v, Matrix<T> keys, T* out, const Step& step) const {
     for (int g = 0; g < v.GROUPS; ++g)
       of_panel(v, step, v.end[g] - v.begin[g], out + g * PANEL<T> + v.begin[g] * GROUP<T>,
                Matrix<T>{keys.at + v.begin[g] * keys.row, keys.row, 1}, query.column_panel(g),
@@ -241,16 +241,16 @@ class Logits {
     if (!p.d) return over(v, [&](int, int at, int) { store(out + at, Vec<T>{}); });
     switch (p.score) {
       case Score::dot:
-        if (in_pairs<T>(p)) return sums(p, v, keys, out, ScaledPairs{{}, float(p.scale)});
-        return sums(p, v, keys, out, Multiply{});
+        if (in_pairs<T>(p)) return sums(v, keys, out, ScaledPairs{{}, float(p.scale)});
+        return sums(v, keys, out, Multiply{});
       case Score::distance:
-        return sums(p, v, keys, out, Distance<T>{weight});
+        return sums(v, keys, out, Distance<T>{weight});
       case Score::leaky:
-        if (!p.slope) return sums(p, v, keys, out, Leaky<T>{weight});
-        sums(p, v, keys, out, Leaky<T>{bent});
+        if (!p.slope) return sums(v, keys, out, Leaky<T>{weight});
+        sums(v, keys, out, Leaky<T>{bent});
         return add_linear(p, v, keys, out);
       case Score::tanh:
-        return sums(p, v, keys, out, Tanh<T>{weight});
+        return sums(v, keys, out, Tanh<T>{weight});
       case Score::reciprocal:
         return reciprocals(p, v, keys, out);
     }

@@ -50,7 +50,8 @@ def missing() -> str:
 def instruction_set(name: str, *, pairs: bool | None = None) -> Iterator[None]:
     """Run the kernels of one instruction set: "avx512_bf16", "avx512", "avx2" or "base"; for tests.
 
-    pairs: whether bfloat16 is multiplied in pairs; by default where that is faster. Raises ValueError for one that this machine does not run.
+    pairs: whether bfloat16 is multiplied in pairs; by default where that is faster.
+    Raises ValueError for an instruction set that this machine does not run.
     """
     extension = load()
     if extension is None:
