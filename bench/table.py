@@ -68,7 +68,7 @@ def _of_the_peak(limits: Limits) -> str:
 
 
 def _ran(results: Results) -> str:
-    """What `A.explain(value)` says: one line for each kernel, with the cases but for most of them."""
+    """What `A.explain(value)` says: one line for each kernel, with its cases."""
     cases = defaultdict(list)
     for case, timings in results:
         for timing in timings:
