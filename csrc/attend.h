@@ -336,8 +336,7 @@ static void attend(const Problem& p, int64_t item, void* memory) {
     const Matrix<T> keys = s.logits.keys(p, v, Read::rows);
     Matrix<T> values{};
     if (p.e && !in_pairs<T>(p))
-      values = block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space,
-                        few ? Read::rows : Read::columns);
+      values = block_of(p, p.value, lane, v, p.e, s.values_space, few ? Read::rows : Read::columns);
     if (few)
       few_logits(p, v, s.logits, keys, s.tile);
     else

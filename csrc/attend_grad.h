@@ -35,6 +35,7 @@ struct GradScratch {
   Logits<T> logits;
   Tile<T> left, dquery;
   T *strip, *values_space, *keys_panels;
+  T* scattered;  // of a block whose keys do not follow each other
   T *lanes, *left_rows, *query_rows;  // where pairs are multiplied: of a tile's lanes and of its rows
   Visible<T>* seen;
   GradScratch(void* memory, const Problem& p)
@@ -47,6 +48,8 @@ struct GradScratch {
         keys_panels(arena.take<T>(p.pairs                  ? KEYS / 2 * packed_row<T>(p.d)
                                   : p.score == Score::dot ? 0
                                                           : KEYS * dquery.padded)),
+        scattered(arena.take<T>(
+            p.gathers ? KEYS * round_up(p.d > p.e ? p.d : p.e, GRADIENT_STEP) : 0)),
         lanes(arena.take<T>(p.pairs ? KEYS * ROWS / 2 : 0)),
         left_rows(arena.take<T>(p.pairs ? ROWS / 2 * round_up(p.e, GROUP<T>) : 0)),
         query_rows(arena.take<T>(p.pairs ? ROWS / 2 * round_up(p.d, GROUP<T>) : 0)),
@@ -91,7 +94,7 @@ class Backward {
     if (kept < blocks || !coupled) {
       const int64_t last = p.strip - 1;
       Visible<T>& v = s.seen[last];
-      Walk<T> walk(p, lane, row, count, kept ? s.seen[kept - 1].first + s.seen[kept - 1].count : 0);
+      Walk<T> walk(p, lane, row, count, kept ? s.seen[kept - 1].after : 0);
       while (walk.next(v)) weigh(rows, v, last), push(rows, v, last);
     }
     if (!p.dquery.data) return;
@@ -179,8 +182,7 @@ class Backward {
     over(v, [&](int, int at, int q) { store(w + at, rows.weight(p, load(w + at), q)); });
     if (p.value.kind == Kind::none) return;
     const Matrix<T> values =
-        block_of(p, factors_of<T>(p, p.value), lane, v.first, v.count, s.left.width, s.values_space,
-                 Read::rows);
+        block_of(p, factors_of<T>(p, p.value), lane, v, s.left.width, s.values_space, Read::rows);
     for (int g = 0; g < v.GROUPS; ++g)
       multiply<TILE_VECTORS>(v.end[g] - v.begin[g], dw + g * PANEL<T> + v.begin[g] * GROUP<T>, GROUP<T>,
                              Matrix<T>{values.at + v.begin[g] * values.row, values.row, 1},
@@ -265,7 +267,10 @@ class Backward {
   void add_to_keys(const Visible<T>& v, const T* tile, double factor, const T* rows, int64_t width, T* to) {
     constexpr int STEP = 24;  // a multiple of every register tile's rows
     const int64_t ldc = round_up(width, GRADIENT_STEP), step = in_pairs<T>(p) ? 2 : 1;
-    to += v.first * ldc;
+    T* const home = to;
+    if (v.gathered)
+      for (int64_t x = 0; x < v.count * ldc; ++x) s.scattered[x] = 0;
+    to = v.gathered ? s.scattered : to + v.first * ldc;
     if (in_pairs<T>(p)) pair_lanes(v, tile, factor, s.lanes);
     for (int64_t c = 0; c < width; c += GROUP<T>)
       for (int j = 0; j < v.count; j += v.full ? KEYS : STEP) {
@@ -283,6 +288,11 @@ class Backward {
           multiply<TILE_VECTORS>(stop - j, to + j * ldc + c, ldc, a, b, products, true);
         else
           multiply<1>(stop - j, to + j * ldc + c, ldc, a, b, products, true);
+      }
+    for (int j = 0; v.gathered && j < v.count; ++j)
+      for (int64_t c = 0; c < ldc; c += W<T>) {
+        T* sum = home + v.column(j) * ldc + c;
+        store(sum, load(sum) + load(to + j * ldc + c));
       }
   }
 
@@ -326,7 +336,7 @@ class Backward {
           const int to = from + SOME < v.end[g] ? from + SOME : v.end[g];
           Vec<T> dq[R] = {}, dw_of_few{};
           for (int j = from; j < to; ++j) {
-            T* home = dkey ? dkey + (v.first + j) * round_up(p.d, GRADIENT_STEP) + c : unused;
+            T* home = dkey ? dkey + v.column(j) * round_up(p.d, GRADIENT_STEP) + c : unused;
             const Vec<T> k = load(packed + j * query.padded + c);
             Vec<T> dk{};
 #pragma GCC unroll 4

@@ -144,12 +144,18 @@ bool multiplies_pairs(const Problem& p) {
          lies_in_pairs(p, p.key, p.d);
 }
 
+bool may_gather(const Problem& p) {
+  return p.mask.present && !p.toeplitz.data && !p.bias.data && !p.band.data && !p.dropout.lanes;
+}
+
 void attend(Problem p, int threads) {
+  p.gathers = may_gather(p);
   p.pairs = multiplies_pairs(p);
   run(kernels().attend, p, threads);
 }
 
 void attend_grad(Problem p, int threads) {
+  p.gathers = may_gather(p);
   p.pairs = multiplies_pairs(p) && lies_in_pairs(p, p.value, p.e) && lies_in_pairs(p, p.left, p.e);
   run(kernels().attend_grad, p, threads);
 }

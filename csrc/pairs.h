@@ -166,17 +166,18 @@ static Matrix<T> pair_keys(const Problem& p, const Operand& x, int64_t width, co
   const int64_t row = packed_row<T>(width);
   if constexpr (PAIRS<T>) {
     constexpr int N = 2 * W<T>;
-    const auto* rows = reinterpret_cast<const uint16_t*>(row_of(p, x, lane, v.first));
+    const auto* rows = reinterpret_cast<const uint16_t*>(row_of(p, x, lane, 0));
     const bool hides = p.mask.present && !v.full;
     for (int j = 0; j < v.count; j += 2) {
-      const uint16_t* one = rows + j * x.row;
-      const uint16_t* other = j + 1 < v.count ? one + x.row : nullptr;
+      const uint16_t* one = rows + v.column(j) * x.row;
+      const uint16_t* other = j + 1 < v.count ? rows + v.column(j + 1) * x.row : nullptr;
+      const uint16_t* next = one + KEYS * x.row;
       if (hides && !is_finite(one, width)) poisoned |= v.keep[j], one = nullptr;
       if (hides && other && !is_finite(other, width)) poisoned |= v.keep[j + 1], other = nullptr;
       T* to = space + j / 2 * row;
       for (int64_t c = 0; c < width; c += N) {
-        bring(rows + (j + KEYS) * x.row + c);
-        bring(rows + (j + 1 + KEYS) * x.row + c);
+        bring(next + c);
+        bring(next + x.row + c);
         const Halves a = some_of(one, c, width), b = some_of(other, c, width);
         store(to + c, in_turns<0, N>(a, b, ALL_HALVES));
         if (width - c > W<T>) store(to + c + W<T>, in_turns<N / 2, N>(a, b, ALL_HALVES));

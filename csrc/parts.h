@@ -159,7 +159,7 @@ class Logits {
   }
 
   Matrix<T> keys(const Problem& p, const Visible<T>& v, Read how) const {
-    return block_of(p, factors_of<T>(p, p.key), lane, v.first, v.count, query.width, keys_space, how);
+    return block_of(p, factors_of<T>(p, p.key), lane, v, query.width, keys_space, how);
   }
 
   // logits[key][query] where visible, -inf elsewhere within each group's range of keys.

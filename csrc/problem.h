@@ -75,6 +75,7 @@ struct Problem {
   int64_t band_left = 0, band_width = 0, band_offset = 0;
   Operand sink;      // one number per lane
   Mask mask;
+  bool gathers = false;  // blocks may hold keys from anywhere: nothing else depends on their places
   Dropout dropout;
 
   // Forward: output and the statistics of rows, [lanes, n] each (null where they are not wanted).

@@ -195,20 +195,6 @@ INLINE void bring(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 enum class Read { rows, columns };
 
-// Keys or values of a block: in place where their kind is that of the sums and reading them so
-// does not collide.
-template <class T>
-static inline Matrix<T> block_of(const Problem& p, const Operand& x, int64_t lane, int64_t first,
-                                 int64_t count, int64_t width, T* space, Read how) {
-  const char* from = row_of(p, x, lane, first);
-  if (x.kind == KIND<T> && (how == Read::rows || !collides<T>(x.row)))
-    return {reinterpret_cast<const T*>(from), x.row, 1};
-  const int64_t row = packed_row<T>(width);
-  for (int64_t r = 0; r < count; ++r)
-    read(space + r * row, from + r * x.row * size_of(x.kind), x.kind, width);
-  return {space, row, 1};
-}
-
 // A tile of numbers per pair is panels [ROWS / GROUP][KEYS][GROUP].
 template <class T>
 constexpr int PANEL = KEYS * GROUP<T>;
@@ -219,14 +205,31 @@ struct Visible {
   static constexpr int GROUPS = ROWS / GROUP<T>;
   int64_t first = 0;  // of the block's keys
   int count = 0;
+  bool gathered = false;  // the keys do not follow each other
+  int32_t columns[KEYS];  // then, which they are
+  int64_t after = 0;      // where the keys of the next block begin
   bool few = false;                // the tile's queries fit one vector
   bool full = true;                // every row of the tile sees every key
   uint64_t keep[KEYS];             // one bit per row, where not full
   int begin[GROUPS], end[GROUPS];  // the keys that any lane of a group sees
 
   int vectors() const { return few ? 1 : TILE_VECTORS; }
-
+  int64_t column(int j) const { return gathered ? columns[j] : first + j; }
 };
+
+// Keys or values of a block: in place where their kind is that of the sums, they follow each other, and
+// reading them so does not collide.
+template <class T>
+static inline Matrix<T> block_of(const Problem& p, const Operand& x, int64_t lane, const Visible<T>& v,
+                                 int64_t width, T* space, Read how) {
+  const char* from = row_of(p, x, lane, 0);
+  const int64_t step = x.row * size_of(x.kind);
+  if (x.kind == KIND<T> && !v.gathered && (how == Read::rows || !collides<T>(x.row)))
+    return {reinterpret_cast<const T*>(from + v.first * step), x.row, 1};
+  const int64_t row = packed_row<T>(width);
+  for (int j = 0; j < v.count; ++j) read(space + j * row, from + v.column(j) * step, x.kind, width);
+  return {space, row, 1};
+}
 
 // Walks over the blocks of keys that some rows see, in order.
 template <class T>
@@ -246,7 +249,10 @@ class Walk {
 
   bool next(Visible<T>& v) {
     v.few = rows <= W<T> && p.left.kind == Kind::none;  // the backward pass reads whole panels
-    return p.mask.present ? next_of_runs(v) : next_of_all(v);
+    v.gathered = false;
+    const bool some = p.mask.present ? next_of_runs(v) : next_of_all(v);
+    v.after = from;
+    return some;
   }
 
  private:
@@ -282,43 +288,77 @@ class Walk {
   }
 
   bool next_of_runs(Visible<T>& v) {
-    int64_t low = p.m, high = 0;
-    for (int r = 0; r < rows; ++r) {
-      while (at[r] < end[r] && p.mask.stop[at[r]] <= from) ++at[r];
-      if (at[r] < end[r] && p.mask.start[at[r]] < low) low = p.mask.start[at[r]];
-    }
-    if (low < from) low = from;
-    if (low >= p.m) return false;
-    const int64_t limit = p.m - low < KEYS ? p.m : low + KEYS;
-    if (in_all_rows(low, limit)) return whole(v, low, limit);
-    // Runs toggle a row's bit where they begin and end; the running exclusive or is the mask.
-    uint64_t flip[KEYS + 1] = {};
-    for (int r = 0; r < rows; ++r)
-      for (int64_t run = at[r]; run < end[r] && p.mask.start[run] < limit; ++run) {
-        const int64_t start = p.mask.start[run], stop = p.mask.stop[run];
-        const int64_t a = start < low ? low : start, b = stop < limit ? stop : limit;
-        flip[a - low] ^= uint64_t(1) << r;
-        flip[b - low] ^= uint64_t(1) << r;
-        if (b > high) high = b;
-      }
-    v.first = low;
-    v.count = int(high - low);
-    from = high;
-    uint64_t now = 0, all = ~uint64_t(0);
+    if (!begins(v.first)) return false;
+    if (in_all_rows(v.first, limit(v.first))) return whole(v, v.first, limit(v.first));
+    v.count = keys_from(v.first, v.keep);
+    if (p.gathers && from < p.m) gather(v);
     for (int g = 0; g < v.GROUPS; ++g) v.begin[g] = v.end[g] = 0;
     constexpr uint64_t LANES = GROUP<T> == 64 ? ~uint64_t(0) : (uint64_t(1) << (GROUP<T> & 63)) - 1;
+    uint64_t all = ~uint64_t(0);
     for (int j = 0; j < v.count; ++j) {
-      now ^= flip[j];
-      v.keep[j] = now;
-      all &= now;
+      all &= v.keep[j];
       for (int g = 0; g < v.GROUPS; ++g)
-        if (now >> (g * GROUP<T>) & LANES) {
+        if (v.keep[j] >> (g * GROUP<T>) & LANES) {
           if (!v.end[g]) v.begin[g] = j;
           v.end[g] = j + 1;
         }
     }
     v.full = all == ~uint64_t(0);
     return true;
+  }
+
+  int64_t limit(int64_t low) const { return p.m - low < KEYS ? p.m : low + KEYS; }
+
+  // The first key from `from` on that some row sees, if there is one.
+  bool begins(int64_t& low) {
+    low = p.m;
+    for (int r = 0; r < rows; ++r) {
+      while (at[r] < end[r] && p.mask.stop[at[r]] <= from) ++at[r];
+      if (at[r] < end[r] && p.mask.start[at[r]] < low) low = p.mask.start[at[r]];
+    }
+    if (low < from) low = from;
+    return low < p.m;
+  }
+
+  // Which rows see the keys from `low` to the last that some row sees; returns how many keys.
+  int keys_from(int64_t low, uint64_t* keep) {
+    // Runs toggle a row's bit where they begin and end; the running exclusive or is the mask.
+    uint64_t flip[KEYS + 1] = {}, now = 0;
+    int64_t high = 0;
+    for (int r = 0; r < rows; ++r)
+      for (int64_t run = at[r]; run < end[r] && p.mask.start[run] < limit(low); ++run) {
+        const int64_t start = p.mask.start[run], stop = p.mask.stop[run];
+        const int64_t a = start < low ? low : start, b = stop < limit(low) ? stop : limit(low);
+        flip[a - low] ^= uint64_t(1) << r;
+        flip[b - low] ^= uint64_t(1) << r;
+        if (b > high) high = b;
+      }
+    for (int64_t j = 0; j < high - low; ++j) keep[j] = now ^= flip[j];
+    from = high;
+    return int(high - low);
+  }
+
+  // Where most keys of a block are seen by no row, as in a graph, a block is made of those that are.
+  void gather(Visible<T>& v) {
+    int seen = 0;
+    for (int j = 0; j < v.count; ++j) seen += v.keep[j] != 0;
+    if (2 * seen > KEYS) return;
+    v.gathered = true;
+    int count = 0;
+    uint64_t keep[KEYS];
+    int64_t low = v.first;
+    __builtin_memcpy(keep, v.keep, sizeof keep);
+    for (int some = v.count; some; some = begins(low) ? keys_from(low, keep) : 0)
+      for (int j = 0; j < some; ++j) {
+        if (!keep[j]) continue;
+        if (count == KEYS) {
+          from = low + j;
+          v.count = count;
+          return;
+        }
+        v.columns[count] = int32_t(low + j), v.keep[count++] = keep[j];
+      }
+    v.count = count;
   }
 };
 
