@@ -392,14 +392,3 @@ def test_a_large_field_stores_nothing_of_the_size_of_the_matrix(monkeypatch):
     matrix = attention(tokens, tokens, score=PositionOnly(), position=spot)
     assert ((matrix @ value) - 1).abs().max() < 1e-5  # rows sum to 1
     assert 0 < largest <= 3 * grid.rows
-
-
-@pytest.mark.parametrize("shape", [(2, 16, 0), (0, 2, 16, 3)])
-def test_values_without_numbers(shape):
-    query = torch.ones(2, 16, 8)
-    spot = Gaussian(torch.ones(2, 2), torch.ones(2), Grid((4, 4)))
-    near = Neighborhood((4, 4), 3, border="cut")
-    A = attention(query, query, score=PositionOnly(), position=spot, mask=near)
-    for matrix in (A, A.mT):
-        found = matrix.matmul(torch.zeros(shape), form="convolutional")
-        assert found.shape == matrix.matmul(torch.zeros(shape), form="dense").shape

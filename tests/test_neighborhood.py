@@ -244,3 +244,14 @@ def test_errors_say_what_would_work(name):
     with pytest.raises(kind) as raised:
         call()
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 0), (0, 2, 16, 3)])
+def test_values_without_numbers(shape):
+    query = torch.ones(2, 16, 8)
+    spot = Gaussian(torch.ones(2, 2), torch.ones(2), Grid((4, 4)))
+    near = Neighborhood((4, 4), 3, border="cut")
+    A = attention(query, query, score=PositionOnly(), position=spot, mask=near)
+    for matrix in (A, A.mT):
+        found = matrix.matmul(torch.zeros(shape), form="convolutional")
+        assert found.shape == matrix.matmul(torch.zeros(shape), form="dense").shape
