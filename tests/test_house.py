@@ -89,7 +89,7 @@ def test_imports_point_one_way():
         {"rule", "transposed", "neighborhood"},
         {"looking"},
         {"matrix"},
-        {"form", "indexing", "explain", "picture", "sdpa"},
+        {"form", "indexing", "explain", "picture", "sdpa", "interchange"},
         {"nn", "look", "receptive"},
         {"convert"},
         {"cli", "hf"},
