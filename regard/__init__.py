@@ -5,7 +5,7 @@ made of a score, a position part, a mask and a normalizer. `A @ value` is the ou
 `A.topk(8)`, `A.entropy()`, `A.pool(256)` look at it. Nothing of size n x n is ever stored.
 """
 
-from regard import convert, nn  # noqa: F401, `regard.nn` needs no import of its own
+from regard import convert, nn, onnx  # noqa: F401, `regard.nn` needs no import of its own
 from regard.dropout import Dropout
 from regard.errors import (
     DeviceError as DeviceError,  # caught by hardly anyone: not among the names to learn

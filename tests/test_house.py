@@ -135,7 +135,7 @@ def test_importing_regard_imports_nothing_optional():
     """A fresh process in which every optional package is missing still computes."""
     code = """
 import sys
-for name in ('transformers', 'safetensors', 'triton', 'selenium'):
+for name in ('transformers', 'safetensors', 'triton', 'selenium', 'onnx', 'onnxscript'):
     sys.modules[name] = None  # as if it were not installed
 import torch, regard
 x = torch.randn(4, 2)

@@ -235,6 +235,29 @@ def test_a_mask_of_ones_own_is_saved_as_its_runs(path):
         assert repr(B) == repr(A)
 
 
+def test_a_matrix_of_a_hugging_face_model_is_saved_for_a_process_without_it(path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    importlib.import_module("regard.hf")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=20, attn_implementation="regard"
+    )
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
+    real = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    model = transformers.GPT2Model(config).eval()
+    A = model(tokens, attention_mask=real, output_attentions=True).attentions[0]
+    A.save(path)
+    numbers = path.with_suffix(".pt")
+    torch.save(A.dense().detach(), numbers)
+    code = f"""
+import sys, torch
+sys.modules["transformers"] = None
+import regard
+found = regard.load({str(path)!r}).dense()
+assert torch.equal(found, torch.load({str(numbers)!r}))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
 def test_what_is_code_is_refused(path):
     x = torch.randn(5, 4)
 

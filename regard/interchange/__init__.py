@@ -90,7 +90,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         state = "is a directory" if Path(path).is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {state}; A.save(path) writes what regard.load reads.")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as archive:
+        with safe_open(path, framework="pt", device=str(torch.device(device))) as archive:
             names = list(archive.keys())
             structure = _structure(path, archive.metadata() or {}, names)
             tensors = {name: archive.get_tensor(name) for name in names}
