@@ -47,6 +47,14 @@ def opaque(
                 msg=f"regard runs {function.__name__!r} of these arguments outside of graphs; "
                 "fullgraph=True forbids that."
             )
+        elif (
+            instead is product_in_graph and torch._C._is_tracing() and kwargs.get("form") != "dense"
+        ):
+            raise errors.FormError(  # the numbers of the example, whatever the input
+                "torch.jit.trace, and torch.onnx.export with dynamo=False, would record a product "
+                "of regard as a constant. What works: torch.export.export, regard.onnx.export or "
+                'torch.onnx.export(..., dynamo=True, opset_version=23); in a trace form="dense".'
+            )
         # torch.compile gives up on some functions and runs them, but compiles what they call.
         elif (
             "torch._dynamo" not in sys.modules

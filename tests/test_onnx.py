@@ -280,6 +280,18 @@ def test_a_look_is_no_part_of_a_graph():
         export(layer.eval(), (torch.randn(1, 3, 8),))
 
 
+def test_a_trace_is_refused_instead_of_recording_numbers(tmp_path):
+    x = torch.randn(1, 2, 5, 4)
+    with pytest.raises(FormError, match="would record a product of regard as a constant"):
+        torch.jit.trace(lambda x: regard.attention(x, x) @ x, x)
+    with pytest.raises(FormError, match=r"torch.onnx.export with dynamo=False"):
+        torch.onnx.export(Products([{}]), (x, x, x), tmp_path / "old.onnx", dynamo=False)
+    traced = torch.jit.trace(lambda x: regard.attention(x, x).matmul(x, form="dense"), x)
+    other = torch.randn(1, 2, 5, 4)
+    right = regard.attention(other, other) @ other
+    assert torch.allclose(traced(other), right, rtol=0, atol=24 * EPS * float(right.abs().max()))
+
+
 def test_torchs_own_call_and_exported_programs():
     """`torch.onnx.export` alone, and programs that hold `regard::product`."""
     layer = nn.Sequential(nn.Linear(8, 8), MultiHeadAttention(8, 2, batch_first=True)).eval()
