@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -25,6 +25,7 @@ from regard import (
     Softmax,
     Window,
 )
+from regard.graph import Graph
 from regard.grid import Grid
 from regard.neighborhood import Neighborhood
 from regard.position import Gaussian, Shaw, TransformerXL
@@ -108,8 +109,10 @@ def plain() -> list[Case]:
         Problem(long, dtype=torch.bfloat16),
         Problem(long, causal, dtype=torch.bfloat16),
         Problem(middle, causal, dtype=torch.bfloat16),
+        Problem(wide, causal, dtype=torch.bfloat16),
     ]
     trained = [replace(problem, train=True) for problem in both if problem.shape != wide]
+    trained += [replace(problem, train=True) for problem in half]
     return [
         softmax(problem, footprint=problem.train and problem.shape == long)
         for problem in both + half + trained
@@ -178,6 +181,45 @@ def additives() -> list[Case]:
                 contestants.append(Contestant("pykeops", problem, keops, compiles=True))
             found.append(Case(title, tuple(contestants), work.TRIPLES, footprint=train))
     return found
+
+
+NODES, EDGES = 8192, 10
+"""Of a graph: how many, and how many into each."""
+
+
+@cache
+def graph() -> Graph:
+    """Edges from nodes of near numbers, as nodes of a graph have that were put in order."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(NODES).repeat(EDGES)
+    source = target + torch.randint(-200, 200, target.shape, generator=generator)
+    return Graph(torch.stack([source % NODES, target]).unique(dim=1))
+
+
+def edgewise(tensors: Tensors) -> Parts:
+    """GATv2 along the edges of a graph, which a model makes a mask of once."""
+    return {"score": Additive(tensors["weight"], "leaky_relu"), "mask": graph()}
+
+
+def graphs() -> list[Case]:
+    """Attention along edges beside sums over edges."""
+    shape = Shape(1, 8, NODES, 8)
+    along = partial(peers.edge_by_edge, edges=graph().edges)
+    problems = [
+        Problem(shape, edgewise, weight, learned=("weight",), train=train)
+        for train in (False, True)
+    ]
+    return [
+        Case(
+            f"GATv2 along {EDGES} edges a node",
+            (
+                Contestant("regard", problem, peers.product, ours=True),
+                Contestant("torch index_add, edge by edge", problem, along),
+            ),
+            work.TRIPLES,
+        )
+        for problem in problems
+    ]
 
 
 SIDE, TAPS = 64, 7
@@ -323,4 +365,14 @@ def prices() -> list[Case]:
     ]
 
 
-CASES = [*plain(), *decode(), *window(), *additives(), *fields(), *looking(), *small(), *prices()]
+CASES = [
+    *plain(),
+    *decode(),
+    *window(),
+    *additives(),
+    *graphs(),
+    *fields(),
+    *looking(),
+    *small(),
+    *prices(),
+]

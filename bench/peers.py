@@ -135,6 +135,25 @@ def compiled_additive(problem: Problem, tensors: Tensors, activation: str) -> Pr
     return _best_chunk(problem, tensors, run, (16, 128, problem.shape.n))
 
 
+def edge_by_edge(problem: Problem, tensors: Tensors, edges: Tensor) -> Prepared:
+    """GATv2 as libraries of graph networks write it: gathered, and summed by target."""
+    source, target = edges
+
+    def call() -> Tensor:
+        query, key, value = (tensors[name] for name in ("query", "key", "value"))
+        total = F.leaky_relu(query[..., target, :] + key[..., source, :], 0.2)
+        logits = (total * tensors["weight"][:, None]).sum(-1)
+        sums = logits.new_zeros(*logits.shape[:-1], problem.shape.n)
+        with torch.no_grad():
+            peaks = sums.index_reduce(-1, target, logits, "amax", include_self=False)
+        weights = (logits - peaks[..., target]).exp()
+        weights = weights / sums.index_add(-1, target, weights)[..., target]
+        zeros = torch.zeros_like(tensors["upstream"])
+        return zeros.index_add(-2, target, weights[..., None] * value[..., source, :])
+
+    return Prepared(call)
+
+
 def keops_additive(problem: Problem, tensors: Tensors, activation: str) -> Prepared:
     """KeOps' LazyTensor, which has no tanh: 1 - 2 / (exp(2 x) + 1)."""
     for quiet in ("PYKEOPS_VERBOSE", "KEOPS_VERBOSE"):  # it prints to where the table goes

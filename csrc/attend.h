@@ -3,7 +3,8 @@
 // reference  regard/form/dense.py::product        backward  attend_grad.h
 // work       2 n m (d + e) flops for the pairs in visited tiles
 // scratch    (2 d + 2 e + KEYS) ROWS numbers a thread; nothing of size n m
-// precision  everything in T; half-precision inputs are widened block by block
+// precision  everything in T; half-precision inputs are widened block by block, or multiplied in pairs,
+//            which rounds weights and logits' gradients to bfloat16 (pairs.h)
 // after      Milakov & Gimelshein 2018, arXiv:1805.02867 (running normalizer); Rabe & Staats 2021,
 //            arXiv:2112.05682 (tiles); Dao 2023, arXiv:2307.08691, alg. 1 (loop order)
 //
@@ -47,9 +48,16 @@ struct State {
   // Logits to weights relative to the peak, in place; returns whether earlier sums must decay.
   template <bool SPREAD = false>
   bool absorb(const Problem& p, const Visible<T>& v, T* tile) {
-    if (p.norm == Norm::softmax) return absorb_softmax<SPREAD>(v, tile);
+    if constexpr (PAIRS<T> && !SPREAD)
+      if (in_pairs_of_keys(p)) return absorb_softmax<false, true>(v, tile);
+    if (p.norm == Norm::softmax) return absorb_softmax<SPREAD, false>(v, tile);
     p.norm == Norm::row_sum ? absorb_sum(v, tile) : absorb_by_pair(p, v, tile);
     return false;
+  }
+
+  // Whether `absorb` leaves weights as pairs of keys.
+  static bool in_pairs_of_keys(const Problem& p) {
+    return in_pairs<T>(p) && p.norm == Norm::softmax && !p.dropout.lanes;
   }
 
   // What is in the sum without a key: eps; and the sink, which is one more key, whose value is 0.
@@ -79,7 +87,26 @@ struct State {
   }
 
  private:
-  template <bool SPREAD>
+  // Weights of keys 2 j and 2 j + 1 to row j, 0 outside [begin, end).
+  static __attribute__((always_inline)) void weigh_in_pairs(int begin, int end, T* at, Vec<T> base,
+                                                            Vec<T> (&sums)[FEW]) {
+    const auto weight = [&](int j, int u) __attribute__((always_inline)) {
+      const Vec<T> one = exp<T, true>(load(at + j * GROUP<T>) - base);
+      sums[u] += one;
+      return one;
+    };
+    const auto both = [&](int j, int u) __attribute__((always_inline)) {
+      const Vec<T> one = weight(j, u), other = weight(j + 1, u + 1);
+      store(at + j / 2 * GROUP<T>, as_pairs(one, other));
+    };
+    int j = begin;
+    if (j % 2 && j < end) store(at + j / 2 * GROUP<T>, as_pairs(Vec<T>{}, weight(j, 0))), ++j;
+    for (; j + FEW <= end; j += FEW) both(j, 0), both(j + 2, 2);
+    if (j + 2 <= end) both(j, 0), j += 2;
+    if (j < end) store(at + j / 2 * GROUP<T>, as_pairs(weight(j, 0), Vec<T>{}));
+  }
+
+  template <bool SPREAD, bool PAIRED>
   bool absorb_softmax(const Visible<T>& v, T* tile) {
     bool moved = false;
     for (int g = 0; g < v.GROUPS; ++g)
@@ -91,13 +118,16 @@ struct State {
         for (int j = v.begin[g]; j < v.end[g]; ++j) now = max(load(at + j * GROUP<T>), now);
         const Vec<T> base = now == -INF<T> ? Vec<T>{} : now;
         Vec<T> sums[FEW] = {}, spreads[FEW] = {};
-        few_sums(v.begin[g], v.end[g], [&](int j, int u) __attribute__((always_inline)) {
-          const Vec<T> x = load(at + j * GROUP<T>) - base, weight = exp<T>(x);
-          store(at + j * GROUP<T>, weight);
-          sums[u] += weight;
-          // Below `low` the weight is 0, and 0 times infinity is not.
-          if constexpr (SPREAD) spreads[u] += weight * max(x, splat(Constants<T>::low));
-        });
+        if constexpr (PAIRED)
+          weigh_in_pairs(v.begin[g], v.end[g], at, base, sums);
+        else
+          few_sums(v.begin[g], v.end[g], [&](int j, int u) __attribute__((always_inline)) {
+            const Vec<T> x = load(at + j * GROUP<T>) - base, weight = exp<T>(x);
+            store(at + j * GROUP<T>, weight);
+            sums[u] += weight;
+            // Below `low` the weight is 0, and 0 times infinity is not.
+            if constexpr (SPREAD) spreads[u] += weight * max(x, splat(Constants<T>::low));
+          });
         const Vec<T> shrink = exp<T>(before - base);
         if constexpr (SPREAD) {
           const Vec<T> moves = max(before - base, splat(Constants<T>::low));
@@ -202,6 +232,22 @@ struct AttendScratch {
         values_space(arena.take<T>(KEYS * packed_row<T>(p.e))),
         output(arena, p.e) {}
 
+  // Adds the weights times the values of a block, `step` keys in a row of either.
+  template <class Product>
+  void add(const Product& product, const Visible<T>& v, Matrix<T> values, int step, bool few) {
+    for (int g = 0; g < (few ? 1 : v.GROUPS); ++g) {
+      const int begin = v.begin[g] / step, count = (v.end[g] + step - 1) / step - begin;
+      const T *weights = tile + g * PANEL<T> + begin * GROUP<T>, *from = values.at + begin * values.row;
+      if (few)
+        with_rows<T>(logits.count, [&](auto rows) {
+          few_outputs<rows.value>(product, output, Matrix<T>{from, values.row, 1}, count, weights);
+        });
+      else
+        of_panel(v, product, output.width, output.column_panel(g), Matrix<T>{from, 1, values.row},
+                 weights, count, true);
+    }
+  }
+
   // Every lane of the sums times a factor of its row.
   void scale_sums(const T* factor) {
     for (int g = 0; g < ROWS / GROUP<T>; ++g) {
@@ -289,34 +335,25 @@ static void attend(const Problem& p, int64_t item, void* memory) {
   for (Visible<T> v; walk.next(v);) {
     const Matrix<T> keys = s.logits.keys(p, v, Read::rows);
     Matrix<T> values{};
-    if (p.e)
-      values = block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space,
-                        few ? Read::rows : Read::columns);
-    if (few) {
-      with_rows<T>(s.logits.count, [&](auto rows) {
-        few_scores<rows.value>(s.logits.query, keys, v.count, s.tile, values);
-      });
-      s.logits.shape(p, v, s.tile);
-    } else {
+    if (p.e && !in_pairs<T>(p))
+      values = block_of(p, p.value, lane, v, p.e, s.values_space, few ? Read::rows : Read::columns);
+    if (few)
+      few_logits(p, v, s.logits, keys, s.tile);
+    else
       s.logits.tile(p, v, keys, s.tile);
-    }
     const bool moved = state.absorb(p, v, s.tile);
     if (moved && few) s.scale_rows(state.decay);
     if (moved && !few) s.scale_sums(state.decay);
     if (p.dropout.lanes) s.logits.drop(p, v, s.tile);
     if (!p.e) continue;
-    if (p.mask.present && !v.full) values = shield(p, v, values, s.values_space, poisoned);
-    if (few) {
-      with_rows<T>(s.logits.count, [&](auto rows) {
-        few_outputs<rows.value>(s.output, Matrix<T>{values.at + v.begin[0] * values.row, values.row, 1},
-                                v.end[0] - v.begin[0], s.tile + v.begin[0] * GROUP<T>);
-      });
-      continue;
+    if (in_pairs<T>(p)) {
+      if (!state.in_pairs_of_keys(p)) pair_weights(v, s.tile);
+      values = pair_keys(p, p.value, p.e, v, lane, s.values_space, poisoned);
+      s.add(MultiplyPairs{}, v, values, 2, few);
+    } else {
+      if (p.mask.present && !v.full) values = shield(p, v, values, s.values_space, poisoned);
+      s.add(Multiply{}, v, values, 1, few);
     }
-    for (int g = 0; g < v.GROUPS; ++g)
-      of_panel(v, Multiply{}, p.e, s.output.column_panel(g),
-               Matrix<T>{values.at + v.begin[g] * values.row, 1, values.row},
-               s.tile + g * PANEL<T> + v.begin[g] * GROUP<T>, v.end[g] - v.begin[g], true);
   }
   const int64_t at = lane * p.n + row;
   finish(p, s, state, poisoned, few, p.peak ? static_cast<T*>(p.peak) + at : nullptr,

@@ -35,15 +35,24 @@ struct GradScratch {
   Logits<T> logits;
   Tile<T> left, dquery;
   T *strip, *values_space, *keys_panels;
+  T* scattered;  // of a block whose keys do not follow each other
+  T *lanes, *left_rows, *query_rows;  // where pairs are multiplied: of a tile's lanes and of its rows
   Visible<T>* seen;
   GradScratch(void* memory, const Problem& p)
       : arena(memory),
         logits(arena, p),
-        left(arena, p.e),
+        left(arena, factors_in<T>(p, p.e)),
         dquery(arena, p.d),
         strip(arena.take<T>(p.strip * (p.softcap ? 3 : 2) * SIZE)),
         values_space(arena.take<T>(KEYS * packed_row<T>(p.e))),
-        keys_panels(arena.take<T>(p.score == Score::dot ? 0 : KEYS * dquery.padded)),
+        keys_panels(arena.take<T>(p.pairs                  ? KEYS / 2 * packed_row<T>(p.d)
+                                  : p.score == Score::dot ? 0
+                                                          : KEYS * dquery.padded)),
+        scattered(arena.take<T>(
+            p.gathers ? KEYS * round_up(p.d > p.e ? p.d : p.e, GRADIENT_STEP) : 0)),
+        lanes(arena.take<T>(p.pairs ? KEYS * ROWS / 2 : 0)),
+        left_rows(arena.take<T>(p.pairs ? ROWS / 2 * round_up(p.e, GROUP<T>) : 0)),
+        query_rows(arena.take<T>(p.pairs ? ROWS / 2 * round_up(p.d, GROUP<T>) : 0)),
         seen(arena.take<Visible<T>>(p.strip)) {}
 
   T* weights(const Problem& p, int64_t slot) { return strip + slot * (p.softcap ? 3 : 2) * SIZE; }
@@ -64,8 +73,12 @@ class Backward {
   void tile(int64_t of_lane, int64_t first) {
     lane = of_lane, row = first, count = p.n - row < ROWS ? p.n - row : ROWS;
     s.logits.start(p, lane, row, count);
-    s.left.read_rows(p, p.left, lane, row, count);
+    s.left.read_rows(p, factors_of<T>(p, p.left), lane, row, count);
     s.left.rows_to_columns();
+    if (in_pairs<T>(p)) {
+      pair_rows(p, p.left, p.e, lane, row, count, s.left_rows);
+      pair_rows(p, p.query, p.d, lane, row, count, s.query_rows);
+    }
     for (int64_t c = 0; c < ROWS * s.dquery.padded; ++c) s.dquery.columns[c] = s.dquery.rows[c] = 0;
     const Finished<T> rows(p, lane, row, count);
     for (int i = 0; i < ROWS; ++i) {
@@ -81,7 +94,7 @@ class Backward {
     if (kept < blocks || !coupled) {
       const int64_t last = p.strip - 1;
       Visible<T>& v = s.seen[last];
-      Walk<T> walk(p, lane, row, count, kept ? s.seen[kept - 1].first + s.seen[kept - 1].count : 0);
+      Walk<T> walk(p, lane, row, count, kept ? s.seen[kept - 1].after : 0);
       while (walk.next(v)) weigh(rows, v, last), push(rows, v, last);
     }
     if (!p.dquery.data) return;
@@ -169,12 +182,11 @@ class Backward {
     over(v, [&](int, int at, int q) { store(w + at, rows.weight(p, load(w + at), q)); });
     if (p.value.kind == Kind::none) return;
     const Matrix<T> values =
-        block_of(p, p.value, lane, v.first, v.count, p.e, s.values_space, Read::rows);
+        block_of(p, factors_of<T>(p, p.value), lane, v, s.left.width, s.values_space, Read::rows);
     for (int g = 0; g < v.GROUPS; ++g)
-      panel_product<TILE_VECTORS>(Multiply{}, v.end[g] - v.begin[g],
-                                  dw + g * PANEL<T> + v.begin[g] * GROUP<T>, GROUP<T>,
-                                  Matrix<T>{values.at + v.begin[g] * values.row, values.row, 1},
-                                  s.left.column_panel(g), p.e, false);
+      multiply<TILE_VECTORS>(v.end[g] - v.begin[g], dw + g * PANEL<T> + v.begin[g] * GROUP<T>, GROUP<T>,
+                             Matrix<T>{values.at + v.begin[g] * values.row, values.row, 1},
+                             s.left.column_panel(g), s.left.width, false);
     if (!p.e) over(v, [&](int, int at, int) { store(dw + at, Vec<T>{}); });
     if (p.dropout.lanes) s.logits.drop(p, v, dw);
   }
@@ -185,7 +197,7 @@ class Backward {
     if (p.value.kind == Kind::none) {  // only dvalue is wanted, as by the product with the transpose
       if (p.dropout.lanes) s.logits.drop(p, v, w);
       clear_outside(v, w);
-      return add_to_keys(v, w, s.left, dvalue + v.first * round_up(p.e, GRADIENT_STEP));
+      return add_to_keys(v, w, 1, s.left.rows, p.e, dvalue);
     }
     over(v, [&](int j, int at, int q) {
       const Vec<T> weight = load(w + at), dweight = load(dw + at);
@@ -207,20 +219,37 @@ class Backward {
     });
     clear_outside(v, w);
     clear_outside(v, dw);
-    if (dvalue) add_to_keys(v, w, s.left, dvalue + v.first * round_up(p.e, GRADIENT_STEP));
+    if (dvalue) add_to_keys(v, w, 1, in_pairs<T>(p) ? s.left_rows : s.left.rows, p.e, dvalue);
     add_to_biases(p, s.logits, chunk, v, dw);
     if (p.softcap)
       over(v, [&](int, int at, int) { store(dw + at, load(dw + at) * load(slopes(slot) + at)); });
     if (!p.d) return;
-    const Matrix<T> keys = s.logits.keys(p, v, Read::columns);
-    if (p.score != Score::dot) return add_pair_by_pair(v, dw, keys);
-    if (dkey) add_to_keys(v, dw, s.logits.query, dkey + v.first * round_up(p.d, GRADIENT_STEP));
-    if (p.dquery.data)
-      for (int g = 0; g < v.GROUPS; ++g)
-        panel_product<TILE_VECTORS>(Multiply{}, p.d, s.dquery.column_panel(g), GROUP<T>,
-                                    Matrix<T>{keys.at + v.begin[g] * keys.row, 1, keys.row},
-                                    dw + g * PANEL<T> + v.begin[g] * GROUP<T>,
-                                    v.end[g] - v.begin[g], true);
+    if (p.score != Score::dot) return add_pair_by_pair(v, dw, s.logits.keys(p, v, Read::columns));
+    if (dkey)  // queries that are not pairs have the scale in them
+      add_to_keys(v, dw, p.scale, in_pairs<T>(p) ? s.query_rows : s.logits.query.rows, p.d, dkey);
+    if (p.dquery.data) add_to_queries(v, dw);
+  }
+
+  template <int Q>
+  void multiply(int64_t rows, T* c, int64_t ldc, Matrix<T> a, const T* b, int64_t products, bool add) {
+    if (in_pairs<T>(p))
+      panel_product<Q>(MultiplyPairs{}, rows, c, ldc, a, b, products, add);
+    else
+      panel_product<Q>(Multiply{}, rows, c, ldc, a, b, products, add);
+  }
+
+  void add_to_queries(const Visible<T>& v, T* dlogits) {
+    uint64_t any = 0;
+    if (in_pairs<T>(p)) pair_weights(v, dlogits);
+    const Matrix<T> keys = in_pairs<T>(p) ? pair_keys(p, p.key, p.d, v, lane, s.keys_panels, any)
+                                          : s.logits.keys(p, v, Read::columns);
+    const int step = in_pairs<T>(p) ? 2 : 1;
+    for (int g = 0; g < v.GROUPS; ++g) {
+      const int begin = v.begin[g] / step, products = (v.end[g] + step - 1) / step - begin;
+      multiply<TILE_VECTORS>(p.d, s.dquery.column_panel(g), GROUP<T>,
+                             Matrix<T>{keys.at + begin * keys.row, 1, keys.row},
+                             dlogits + g * PANEL<T> + begin * GROUP<T>, products, true);
+    }
   }
 
   // Products over queries read whole panels: pairs that no lane of a group sees count as 0.
@@ -233,25 +262,37 @@ class Backward {
       }
   }
 
-  // to[key][width] += sum over queries of tile[key][query] rows[query][width].
-  void add_to_keys(const Visible<T>& v, const T* tile, const Tile<T>& rows, T* to) {
+  // to[key][width] += factor times the sum over queries of tile[key][query] rows[query][width]; `rows`
+  // are panels, and have the factor in them where they are not pairs.
+  void add_to_keys(const Visible<T>& v, const T* tile, double factor, const T* rows, int64_t width, T* to) {
     constexpr int STEP = 24;  // a multiple of every register tile's rows
-    const int64_t ldc = round_up(rows.width, GRADIENT_STEP);
-    for (int64_t c = 0; c < rows.width; c += GROUP<T>)
+    const int64_t ldc = round_up(width, GRADIENT_STEP), step = in_pairs<T>(p) ? 2 : 1;
+    T* const home = to;
+    if (v.gathered)
+      for (int64_t x = 0; x < v.count * ldc; ++x) s.scattered[x] = 0;
+    to = v.gathered ? s.scattered : to + v.first * ldc;
+    if (in_pairs<T>(p)) pair_lanes(v, tile, factor, s.lanes);
+    for (int64_t c = 0; c < width; c += GROUP<T>)
       for (int j = 0; j < v.count; j += v.full ? KEYS : STEP) {
         // Only the panels of queries that see one of these keys.
         const int stop = v.full || j + STEP > v.count ? v.count : j + STEP;
         int low = 0, high = v.GROUPS;
         while (low < high && !(v.begin[low] < stop && v.end[low] > j)) ++low;
         while (low < high && !(v.begin[high - 1] < stop && v.end[high - 1] > j)) --high;
-        const Matrix<T> a{tile + low * PANEL<T> + j * GROUP<T>, GROUP<T>, 1, GROUP<T>, PANEL<T>};
-        const T* b = rows.row_panel(c) + low * GROUP<T> * GROUP<T>;
-        const int64_t products = (high - low) * GROUP<T>;
-        if (rows.width - c > W<T>)
-          panel_product<TILE_VECTORS>(Multiply{}, stop - j, to + j * ldc + c, ldc, a, b, products,
-                                      true);
+        const Matrix<T> numbers{tile + low * PANEL<T> + j * GROUP<T>, GROUP<T>, 1, GROUP<T>, PANEL<T>};
+        const Matrix<T> pairs{s.lanes + j * (ROWS / 2) + low * W<T>, ROWS / 2, 1};
+        const Matrix<T> a = in_pairs<T>(p) ? pairs : numbers;
+        const T* b = rows + (c * ROWS + low * GROUP<T> * GROUP<T>) / step;
+        const int64_t products = (high - low) * GROUP<T> / step;
+        if (width - c > W<T>)
+          multiply<TILE_VECTORS>(stop - j, to + j * ldc + c, ldc, a, b, products, true);
         else
-          panel_product<1>(Multiply{}, stop - j, to + j * ldc + c, ldc, a, b, products, true);
+          multiply<1>(stop - j, to + j * ldc + c, ldc, a, b, products, true);
+      }
+    for (int j = 0; v.gathered && j < v.count; ++j)
+      for (int64_t c = 0; c < ldc; c += W<T>) {
+        T* sum = home + v.column(j) * ldc + c;
+        store(sum, load(sum) + load(to + j * ldc + c));
       }
   }
 
@@ -295,7 +336,7 @@ class Backward {
           const int to = from + SOME < v.end[g] ? from + SOME : v.end[g];
           Vec<T> dq[R] = {}, dw_of_few{};
           for (int j = from; j < to; ++j) {
-            T* home = dkey ? dkey + (v.first + j) * round_up(p.d, GRADIENT_STEP) + c : unused;
+            T* home = dkey ? dkey + v.column(j) * round_up(p.d, GRADIENT_STEP) + c : unused;
             const Vec<T> k = load(packed + j * query.padded + c);
             Vec<T> dk{};
 #pragma GCC unroll 4

@@ -3,7 +3,7 @@
 #include "looks.h"
 
 #ifndef REGARD_ISA
-#error "define REGARD_ISA: base, avx2 or avx512"
+#error "define REGARD_ISA: base, avx2, avx512 or avx512_bf16"
 #endif
 
 namespace regard::REGARD_ISA {
@@ -39,7 +39,7 @@ static double peak(int64_t rounds) {
 extern const Kernels kernels;
 const Kernels kernels = {
     REGARD_NAME(REGARD_ISA),
-    VECTOR_BYTES,
+    FAST_PAIRS,
     {attend_items, scratch<attend_scratch<float>, attend_scratch<double>>,
      run<attend<float>, attend<double>>},
     {attend_grad_items, scratch<attend_grad_scratch<float>, attend_grad_scratch<double>>,

@@ -134,7 +134,7 @@ static void add_to_columns(const Visible<T>& v, const T* tile, T* to) {
   Vec<T> sums[KEYS] = {};
   over(v, [&](int j, int place, int) { sums[j] += load(tile + place); });
   for (int j = 0; j < v.count; j += W<T>) {
-    const Vec<T> of_columns = sums_of_rows<T, W<T>>(*reinterpret_cast<Vec<T>(*)[W<T>]>(sums + j));
+    const Vec<T> of_columns = sums_of_rows<T>(*reinterpret_cast<Vec<T>(*)[W<T>]>(sums + j));
     for (int u = 0; u < W<T> && j + u < v.count; ++u) to[v.first + j + u] += of_columns[u];
   }
 }

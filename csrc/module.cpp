@@ -4,6 +4,7 @@
 // serves every torch. The dynamic libgomp that torch has loaded is used: one pool, one number of
 // threads. A second pool would spin against torch's on the same cores.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <pthread.h>
@@ -11,6 +12,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,6 +33,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -42,9 +47,11 @@ std::vector<const Kernels*> builds() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    all.push_back(&avx512::kernels);
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) all.push_back(&avx512_bf16::kernels);
+  if (avx512) all.push_back(&avx512::kernels);
   if (avx2) all.push_back(&avx2::kernels);
 #endif
   all.push_back(&base::kernels);
@@ -116,6 +123,41 @@ void run(const Kernel& kernel, const Problem& p, int threads) {
       if (!bytes || memory) kernel.run(p, item, memory);
   }
   if (starved) throw std::bad_alloc();
+}
+
+// Whether pairs are multiplied wherever they may be, or nowhere, whatever is faster; for tests.
+std::optional<bool> chosen_pairs;
+
+// Whether rows of bfloat16 numbers are rows of pairs of them.
+bool lies_in_pairs(const Problem& p, const Operand& x, int64_t width) {
+  bool even = x.kind == Kind::bf16 && width % 2 == 0 && x.row % 2 == 0 &&
+              reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+  for (int a = 0; a < p.axes; ++a) even &= x.axis[a] % 2 == 0;
+  return even;
+}
+
+// Weights of both signs may cancel, which rounded ones do not.
+bool multiplies_pairs(const Problem& p) {
+  const bool positive = p.norm == Norm::softmax || p.norm == Norm::sigmoid || p.norm == Norm::relu;
+  return chosen_pairs.value_or(kernels().pairs) && p.score == Score::dot && positive &&
+         p.compute == Kind::f32 && p.value.kind == Kind::bf16 && lies_in_pairs(p, p.query, p.d) &&
+         lies_in_pairs(p, p.key, p.d);
+}
+
+bool may_gather(const Problem& p) {
+  return p.mask.present && !p.toeplitz.data && !p.bias.data && !p.band.data && !p.dropout.lanes;
+}
+
+void attend(Problem p, int threads) {
+  p.gathers = may_gather(p);
+  p.pairs = multiplies_pairs(p);
+  run(kernels().attend, p, threads);
+}
+
+void attend_grad(Problem p, int threads) {
+  p.gathers = may_gather(p);
+  p.pairs = multiplies_pairs(p) && lies_in_pairs(p, p.value, p.e) && lies_in_pairs(p, p.left, p.e);
+  run(kernels().attend_grad, p, threads);
 }
 
 Kind kind_of(int code) { return static_cast<Kind>(code); }
@@ -207,7 +249,7 @@ void attend_plain(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out
   for (int x = 0; x < 4; ++x)
     *homes[x] = operand(p, data[x], kind, part(shapes, x), part(strides, x), 2);
   nb::gil_scoped_release free;
-  run(kernels().attend, p, threads);
+  attend(p, threads);
 }
 
 double peak_flops(int threads, double seconds) {
@@ -272,12 +314,9 @@ NB_MODULE(_cpu, module) {
       });
 
   const auto free_of_gil = nb::call_guard<nb::gil_scoped_release>();
-  module.def("attend", [](const Problem& p, int threads) { run(kernels().attend, p, threads); },
-             free_of_gil);
+  module.def("attend", &attend, free_of_gil);
   module.def("attend_plain", &attend_plain);
-  module.def("attend_grad",
-             [](const Problem& p, int threads) { run(kernels().attend_grad, p, threads); },
-             free_of_gil);
+  module.def("attend_grad", &attend_grad, free_of_gil);
   module.def("look", [](const Problem& p, int threads) { run(kernels().look, p, threads); },
              free_of_gil);
   module.attr("ROWS") = ROWS;
@@ -285,6 +324,8 @@ NB_MODULE(_cpu, module) {
   module.attr("GRADIENT_STEP") = GRADIENT_STEP;
   module.def("isa", [] { return std::string(kernels().name); });
   module.def("select_isa", [](const std::string& name) { selected = find(name); });
+  module.def("select_pairs", [](std::optional<bool> pairs) { chosen_pairs = pairs; },
+             nb::arg().none());
   module.def("isas", [] {
     std::vector<std::string> names;
     for (const Kernels* build : builds()) names.emplace_back(build->name);

@@ -1,7 +1,7 @@
 // The logits of a tile: score, softcap, biases, mask. And dropout. Everything is [key][query].
 #pragma once
 
-#include "tile.h"
+#include "pairs.h"
 
 namespace regard::REGARD_ISA {
 
@@ -66,10 +66,6 @@ INLINE void sum_of_reciprocals(T* out, const T* keys, int64_t row, const T* quer
   for (int r = 0; r < R; ++r) store(out + r * GROUP<T>, sums[r]);
 }
 
-// A tile of numbers per pair is panels [ROWS / GROUP][KEYS][GROUP].
-template <class T>
-constexpr int PANEL = KEYS * GROUP<T>;
-
 // panel_product to a panel; one vector is enough where a tile has so few queries.
 template <class T, class Step>
 INLINE void of_panel(const Visible<T>& v, const Step& step, int64_t rows, T* c, Matrix<T> a,
@@ -117,7 +113,7 @@ template <class T>
 class Logits {
  public:
   Logits(Arena& arena, const Problem& p)
-      : query(arena, p.d),
+      : query(arena, factors_in<T>(p, p.d)),
         weight(arena.take<T>(p.weight.data ? query.padded + 2 : 0)),
         bias_space(arena.take<T>(p.bias.data || p.band.data ? 2 * KEYS * ROWS : 0)),
         keys_space(arena.take<T>(KEYS * packed_row<T>(p.d))),
@@ -126,7 +122,8 @@ class Logits {
   // Packs the queries [first, first + count) of a lane.
   void start(const Problem& p, int64_t of_lane, int64_t first, int64_t number) {
     lane = of_lane, row = first, count = number;
-    query.read_rows(p, p.query, lane, row, count, p.score == Score::dot ? p.scale : 1);
+    query.read_rows(p, factors_of<T>(p, p.query), lane, row, count,
+                    p.score == Score::dot && !p.pairs ? p.scale : 1);
     query.rows_to_columns();
     if (p.weight.data) {
       // After the width's own numbers come two of score `reciprocal`.
@@ -162,7 +159,7 @@ class Logits {
   }
 
   Matrix<T> keys(const Problem& p, const Visible<T>& v, Read how) const {
-    return block_of(p, p.key, lane, v.first, v.count, p.d, keys_space, how);
+    return block_of(p, factors_of<T>(p, p.key), lane, v, query.width, keys_space, how);
   }
 
   // logits[key][query] where visible, -inf elsewhere within each group's range of keys.
@@ -233,26 +230,27 @@ class Logits {
   Words<T> fixed[ROWS / W<T>], added[ROWS / W<T>];  // of the dropout hash, for each row
 
   template <class Step>
-  void sums(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out, const Step& step) const {
+  void sums(const Visible<T>& v, Matrix<T> keys, T* out, const Step& step) const {
     for (int g = 0; g < v.GROUPS; ++g)
       of_panel(v, step, v.end[g] - v.begin[g], out + g * PANEL<T> + v.begin[g] * GROUP<T>,
-               Matrix<T>{keys.at + v.begin[g] * keys.row, keys.row, 1}, query.column_panel(g), p.d,
-               false);
+               Matrix<T>{keys.at + v.begin[g] * keys.row, keys.row, 1}, query.column_panel(g),
+               query.width, false);
   }
 
   void scores(const Problem& p, const Visible<T>& v, Matrix<T> keys, T* out) const {
     if (!p.d) return over(v, [&](int, int at, int) { store(out + at, Vec<T>{}); });
     switch (p.score) {
       case Score::dot:
-        return sums(p, v, keys, out, Multiply{});
+        if (in_pairs<T>(p)) return sums(v, keys, out, ScaledPairs{{}, float(p.scale)});
+        return sums(v, keys, out, Multiply{});
       case Score::distance:
-        return sums(p, v, keys, out, Distance<T>{weight});
+        return sums(v, keys, out, Distance<T>{weight});
       case Score::leaky:
-        if (!p.slope) return sums(p, v, keys, out, Leaky<T>{weight});
-        sums(p, v, keys, out, Leaky<T>{bent});
+        if (!p.slope) return sums(v, keys, out, Leaky<T>{weight});
+        sums(v, keys, out, Leaky<T>{bent});
         return add_linear(p, v, keys, out);
       case Score::tanh:
-        return sums(p, v, keys, out, Tanh<T>{weight});
+        return sums(v, keys, out, Tanh<T>{weight});
       case Score::reciprocal:
         return reciprocals(p, v, keys, out);
     }

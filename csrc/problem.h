@@ -66,6 +66,7 @@ struct Problem {
   bool mean = false;  // relu: divide by the number of visible keys
 
   Operand query, key, value;
+  bool pairs = false;  // these and `left` are bfloat16, and are multiplied in pairs (pairs.h)
   Operand weight;    // additive: one row of d numbers (see parts.h)
   Operand toeplitz;  // bias by i - j + m - 1: rows of n + m - 1 + ROWS numbers
   Operand bias;      // bias by (i, j)
@@ -74,6 +75,7 @@ struct Problem {
   int64_t band_left = 0, band_width = 0, band_offset = 0;
   Operand sink;      // one number per lane
   Mask mask;
+  bool gathers = false;  // blocks may hold keys from anywhere: nothing else depends on their places
   Dropout dropout;
 
   // Forward: output and the statistics of rows, [lanes, n] each (null where they are not wanted).
@@ -105,7 +107,7 @@ struct Kernel {
 
 struct Kernels {
   const char* name;
-  int vector_bytes;
+  bool pairs;  // whether they multiply pairs of bfloat16 numbers
   Kernel attend, attend_grad, look;
   double (*peak)(int64_t rounds);  // flops done
 };

@@ -28,10 +28,23 @@ struct Matrix {
 struct Multiply {
   static constexpr int ROWS_AT_ONCE = TILE_ROWS;
   template <class T>
+  INLINE Vec<T> add(Vec<T> sum, Vec<T> a, Vec<T> b) {
+    return sum + a * b;
+  }
+  template <class T>
   INLINE Vec<T> call(Vec<T> sum, T a, Vec<T> b, int64_t) {
     return sum + a * b;
   }
 };
+
+// What a step does to whole sums, if anything.
+template <class Step, class V>
+INLINE V finished(const Step& step, V sum) {
+  if constexpr (requires { step.finish(sum); })
+    return step.finish(sum);
+  else
+    return sum;
+}
 
 // R rows of Q vectors, all sums in registers; count >= 1 products each.
 template <int R, int Q, class T, class Step>
@@ -73,7 +86,7 @@ INLINE void register_tile(const Step& step, T* c, int64_t ldc, Matrix<T> a, cons
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) store(c + r * ldc + q * W<T>, sums[r][q]);
+    for (int q = 0; q < Q; ++q) store(c + r * ldc + q * W<T>, finished(step, sums[r][q]));
 }
 
 // C[rows][Q vectors] from one panel of B; nothing where rows or count is 0. A step that needs

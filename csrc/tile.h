@@ -115,6 +115,8 @@ struct Tile {
                  double scale = 1) {
     const char* from = row_of(p, x, lane, first);
     const int64_t size = size_of(x.kind);
+    // Pairs are not numbers: they are not touched.
+    const auto scaled = [&](Vec<T> v) { return scale == 1 ? v : v * T(scale); };
     for (int64_t c = 0; c < padded; c += GROUP<T>) {
       const int64_t some = width - c < GROUP<T> ? width - c : GROUP<T>;
       T* to = rows + c * ROWS;
@@ -123,12 +125,12 @@ struct Tile {
         if (some == GROUP<T> && x.kind == KIND<T>) {
 #pragma GCC unroll 2
           for (int q = 0; q < GROUP<T>; q += W<T>)
-            store(to + q, load(reinterpret_cast<const T*>(source) + q) * T(scale));
+            store(to + q, scaled(load(reinterpret_cast<const T*>(source) + q)));
           continue;
         }
         for (int64_t k = some; k < GROUP<T>; ++k) to[k] = 0;
         read(to, source, x.kind, some);
-        for (int q = 0; q < GROUP<T>; q += W<T>) store(to + q, load(to + q) * T(scale));
+        for (int q = 0; q < GROUP<T>; q += W<T>) store(to + q, scaled(load(to + q)));
       }
       for (const T* end = rows + (c + GROUP<T>) * ROWS; to < end; ++to) *to = 0;
     }
@@ -187,21 +189,15 @@ static inline bool collides(int64_t row) {
   return bytes % 64 == 0 && bytes / 64 % 8 == 0;
 }
 
+// Asks for a line of the next block while this one is used, into the second cache: a few queries are
+// done with their keys sooner than these arrive, and the first cache has no room to spare.
+INLINE void bring(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 enum class Read { rows, columns };
 
-// Keys or values of a block: in place where their kind is that of the sums and reading them so
-// does not collide.
+// A tile of numbers per pair is panels [ROWS / GROUP][KEYS][GROUP].
 template <class T>
-static inline Matrix<T> block_of(const Problem& p, const Operand& x, int64_t lane, int64_t first,
-                                 int64_t count, int64_t width, T* space, Read how) {
-  const char* from = row_of(p, x, lane, first);
-  if (x.kind == KIND<T> && (how == Read::rows || !collides<T>(x.row)))
-    return {reinterpret_cast<const T*>(from), x.row, 1};
-  const int64_t row = packed_row<T>(width);
-  for (int64_t r = 0; r < count; ++r)
-    read(space + r * row, from + r * x.row * size_of(x.kind), x.kind, width);
-  return {space, row, 1};
-}
+constexpr int PANEL = KEYS * GROUP<T>;
 
 // A block of keys that a tile of rows sees.
 template <class T>
@@ -209,14 +205,31 @@ struct Visible {
   static constexpr int GROUPS = ROWS / GROUP<T>;
   int64_t first = 0;  // of the block's keys
   int count = 0;
+  bool gathered = false;  // the keys do not follow each other
+  int32_t columns[KEYS];  // then, which they are
+  int64_t after = 0;      // where the keys of the next block begin
   bool few = false;                // the tile's queries fit one vector
   bool full = true;                // every row of the tile sees every key
   uint64_t keep[KEYS];             // one bit per row, where not full
   int begin[GROUPS], end[GROUPS];  // the keys that any lane of a group sees
 
   int vectors() const { return few ? 1 : TILE_VECTORS; }
-
+  int64_t column(int j) const { return gathered ? columns[j] : first + j; }
 };
+
+// Keys or values of a block: in place where their kind is that of the sums, they follow each other, and
+// reading them so does not collide.
+template <class T>
+static inline Matrix<T> block_of(const Problem& p, const Operand& x, int64_t lane, const Visible<T>& v,
+                                 int64_t width, T* space, Read how) {
+  const char* from = row_of(p, x, lane, 0);
+  const int64_t step = x.row * size_of(x.kind);
+  if (x.kind == KIND<T> && !v.gathered && (how == Read::rows || !collides<T>(x.row)))
+    return {reinterpret_cast<const T*>(from + v.first * step), x.row, 1};
+  const int64_t row = packed_row<T>(width);
+  for (int j = 0; j < v.count; ++j) read(space + j * row, from + v.column(j) * step, x.kind, width);
+  return {space, row, 1};
+}
 
 // Walks over the blocks of keys that some rows see, in order.
 template <class T>
@@ -236,7 +249,10 @@ class Walk {
 
   bool next(Visible<T>& v) {
     v.few = rows <= W<T> && p.left.kind == Kind::none;  // the backward pass reads whole panels
-    return p.mask.present ? next_of_runs(v) : next_of_all(v);
+    v.gathered = false;
+    const bool some = p.mask.present ? next_of_runs(v) : next_of_all(v);
+    v.after = from;
+    return some;
   }
 
  private:
@@ -246,10 +262,14 @@ class Walk {
   int64_t at[ROWS], end[ROWS];
 
   bool next_of_all(Visible<T>& v) {
-    if (from >= p.m) return false;
-    v.first = from;
-    v.count = int(p.m - from < KEYS ? p.m - from : KEYS);
-    from += v.count;
+    return from < p.m && whole(v, from, p.m - from < KEYS ? p.m : from + KEYS);
+  }
+
+  // A block of keys that all rows see.
+  bool whole(Visible<T>& v, int64_t begin, int64_t end) {
+    v.first = begin;
+    v.count = int(end - begin);
+    from = end;
     v.full = rows == ROWS;
     const uint64_t all = rows == ROWS ? ~uint64_t(0) : (uint64_t(1) << rows) - 1;
     for (int j = 0; j < v.count && !v.full; ++j) v.keep[j] = all;
@@ -260,43 +280,85 @@ class Walk {
     return true;
   }
 
-  bool next_of_runs(Visible<T>& v) {
-    int64_t low = p.m, high = 0;
-    for (int r = 0; r < rows; ++r) {
-      while (at[r] < end[r] && p.mask.stop[at[r]] <= from) ++at[r];
-      if (at[r] < end[r] && p.mask.start[at[r]] < low) low = p.mask.start[at[r]];
-    }
-    if (low < from) low = from;
-    if (low >= p.m) return false;
-    const int64_t limit = p.m - low < KEYS ? p.m : low + KEYS;
-    // Runs toggle a row's bit where they begin and end; the running exclusive or is the mask.
-    uint64_t flip[KEYS + 1] = {};
+  // Whether every row's next run covers [low, high).
+  bool in_all_rows(int64_t low, int64_t high) const {
     for (int r = 0; r < rows; ++r)
-      for (int64_t run = at[r]; run < end[r] && p.mask.start[run] < limit; ++run) {
-        const int64_t start = p.mask.start[run], stop = p.mask.stop[run];
-        const int64_t a = start < low ? low : start, b = stop < limit ? stop : limit;
-        flip[a - low] ^= uint64_t(1) << r;
-        flip[b - low] ^= uint64_t(1) << r;
-        if (b > high) high = b;
-      }
-    v.first = low;
-    v.count = int(high - low);
-    from = high;
-    uint64_t now = 0, all = ~uint64_t(0);
+      if (at[r] >= end[r] || p.mask.start[at[r]] > low || p.mask.stop[at[r]] < high) return false;
+    return true;
+  }
+
+  bool next_of_runs(Visible<T>& v) {
+    if (!begins(v.first)) return false;
+    if (in_all_rows(v.first, limit(v.first))) return whole(v, v.first, limit(v.first));
+    v.count = keys_from(v.first, v.keep);
+    if (p.gathers && from < p.m) gather(v);
     for (int g = 0; g < v.GROUPS; ++g) v.begin[g] = v.end[g] = 0;
     constexpr uint64_t LANES = GROUP<T> == 64 ? ~uint64_t(0) : (uint64_t(1) << (GROUP<T> & 63)) - 1;
+    uint64_t all = ~uint64_t(0);
     for (int j = 0; j < v.count; ++j) {
-      now ^= flip[j];
-      v.keep[j] = now;
-      all &= now;
+      all &= v.keep[j];
       for (int g = 0; g < v.GROUPS; ++g)
-        if (now >> (g * GROUP<T>) & LANES) {
+        if (v.keep[j] >> (g * GROUP<T>) & LANES) {
           if (!v.end[g]) v.begin[g] = j;
           v.end[g] = j + 1;
         }
     }
     v.full = all == ~uint64_t(0);
     return true;
+  }
+
+  int64_t limit(int64_t low) const { return p.m - low < KEYS ? p.m : low + KEYS; }
+
+  // The first key from `from` on that some row sees, if there is one.
+  bool begins(int64_t& low) {
+    low = p.m;
+    for (int r = 0; r < rows; ++r) {
+      while (at[r] < end[r] && p.mask.stop[at[r]] <= from) ++at[r];
+      if (at[r] < end[r] && p.mask.start[at[r]] < low) low = p.mask.start[at[r]];
+    }
+    if (low < from) low = from;
+    return low < p.m;
+  }
+
+  // Which rows see the keys from `low` to the last that some row sees; returns how many keys.
+  int keys_from(int64_t low, uint64_t* keep) {
+    // Runs toggle a row's bit where they begin and end; the running exclusive or is the mask.
+    uint64_t flip[KEYS + 1] = {}, now = 0;
+    int64_t high = 0;
+    for (int r = 0; r < rows; ++r)
+      for (int64_t run = at[r]; run < end[r] && p.mask.start[run] < limit(low); ++run) {
+        const int64_t start = p.mask.start[run], stop = p.mask.stop[run];
+        const int64_t a = start < low ? low : start, b = stop < limit(low) ? stop : limit(low);
+        flip[a - low] ^= uint64_t(1) << r;
+        flip[b - low] ^= uint64_t(1) << r;
+        if (b > high) high = b;
+      }
+    for (int64_t j = 0; j < high - low; ++j) keep[j] = now ^= flip[j];
+    from = high;
+    return int(high - low);
+  }
+
+  // Where most keys of a block are seen by no row, as in a graph, a block is made of those that are.
+  void gather(Visible<T>& v) {
+    int seen = 0;
+    for (int j = 0; j < v.count; ++j) seen += v.keep[j] != 0;
+    if (2 * seen > KEYS) return;
+    v.gathered = true;
+    int count = 0;
+    uint64_t keep[KEYS];
+    int64_t low = v.first;
+    __builtin_memcpy(keep, v.keep, sizeof keep);
+    for (int some = v.count; some; some = begins(low) ? keys_from(low, keep) : 0)
+      for (int j = 0; j < some; ++j) {
+        if (!keep[j]) continue;
+        if (count == KEYS) {
+          from = low + j;
+          v.count = count;
+          return;
+        }
+        v.columns[count] = int32_t(low + j), v.keep[count++] = keep[j];
+      }
+    v.count = count;
   }
 };
 

@@ -143,6 +143,7 @@ struct Constants<float> {
   static constexpr float exp[] = {0.50000000285928514f, 0.166665733610563864f,
                                   0.0416663634021374501f, 0.00836377614291013541f,
                                   0.00139421652571232727f};
+  static constexpr float coarse[] = {0.99992807f, 1.00016419f, 0.50496326f, 0.16566842f};  // e^r
   static constexpr float tanh[] = {-0.333333305270139563f, 0.133329325023264583f,
                                    -0.0538763179529915513f, 0.0211214569171073951f,
                                    -0.00628366915753533674f};
@@ -171,8 +172,9 @@ struct Constants<double> {
 };
 
 // e^x for x <= 88: e^x = 2^n e^r with n = round(x / log 2). Below `low`, near the smallest normal
-// number, it is 0, whatever the steps before made of it. NaN stays NaN.
-template <class T>
+// number, it is 0, whatever the steps before made of it. NaN stays NaN. COARSE: of degree 3, within
+// 7.5e-5, for what is rounded to bfloat16 (2e-3).
+template <class T, bool COARSE = false>
 INLINE Vec<T> exp(Vec<T> x) {
   typedef Constants<T> C;
   const Vec<T> shifted = x * T(1.4426950408889634074) + C::round;
@@ -185,7 +187,9 @@ INLINE Vec<T> exp(Vec<T> x) {
   r = r - n * T(1.42860682030941723212e-6);
 #endif
   Vec<T> p;
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (COARSE) {
+    p = polynomial<T>(C::coarse, r);
+  } else if constexpr (sizeof(T) == 4) {
     // Pairs first (Estrin): the chain of products is half as long, which is what limits it.
     const Vec<T> r2 = r * r, low = r * C::exp[1] + C::exp[0], high = r * C::exp[3] + C::exp[2];
     p = ((r2 * C::exp[4] + high) * r2 + low) * r2 + (r + 1);

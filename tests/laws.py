@@ -40,6 +40,7 @@ from regard import (
 )
 from regard.feature_map import Affine, RandomFeatures, identity, softmax
 from regard.form import FORMS
+from regard.graph import Graph
 from regard.grid import Grid
 from regard.position import (
     T5,
@@ -256,6 +257,9 @@ MASKS: dict[str, Callable[[Draw, Sizes], object]] = {
     "padding": lambda draw, s: Padding(draw.bits(s.batch, s.m)),
     "dense": lambda draw, s: Dense(draw.bits(s.batch, s.heads, s.n, s.m)),
     "not window": lambda draw, s: ~Window(1, 1) & Padding(draw.bits(s.batch, s.m)),
+    "graph": lambda draw, s: Graph(
+        torch.stack([draw.integers(size, 2 * s.n * min(s.m, 1)) for size in (s.m, s.n)])
+    ),
     "nothing": lambda draw, s: Causal() & ~Causal(),
 }
 

@@ -86,7 +86,7 @@ def test_imports_point_one_way():
         {"errors"},
         {"part", "grouped", "trace", "runs", "opaque", "grid"},
         {"dropout", "mask", "normalizer", "position", "score", "custom", "feature_map", "features"},
-        {"rule", "transposed", "neighborhood"},
+        {"rule", "transposed", "neighborhood", "graph"},
         {"looking"},
         {"matrix"},
         {"form", "indexing", "explain", "picture", "sdpa", "interchange", "literal", "onnx"},

@@ -350,7 +350,7 @@ def rows_of_a_tile() -> int:
 
 
 def instruction_set() -> str:
-    """What the kernels were built for that run here: avx512, avx2 or base."""
+    """What the kernels were built for that run here: avx512_bf16, avx512, avx2 or base."""
     name: str = _extension().isa()
     return name
 

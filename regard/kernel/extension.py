@@ -47,17 +47,20 @@ def missing() -> str:
 
 
 @contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Run the kernels of one instruction set: "avx512", "avx2" or "base"; for tests.
+def instruction_set(name: str, *, pairs: bool | None = None) -> Iterator[None]:
+    """Run the kernels of one instruction set: "avx512_bf16", "avx512", "avx2" or "base"; for tests.
 
-    Raises ValueError for one that this machine does not run.
+    pairs: whether bfloat16 is multiplied in pairs; by default where that is faster.
+    Raises ValueError for an instruction set that this machine does not run.
     """
     extension = load()
     if extension is None:
         raise ValueError(missing())
     before = extension.isa()
     extension.select_isa(name)
+    extension.select_pairs(pairs)
     try:
         yield
     finally:
         extension.select_isa(before)
+        extension.select_pairs(None)
