@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from regard import errors, feature_map, mask, neighborhood, normalizer, position, score
+from regard import errors, feature_map, graph, mask, neighborhood, normalizer, position, score
 from regard.dropout import Dropout
 from regard.features import Features
 from regard.grid import Grid
@@ -50,7 +50,7 @@ class LiteralError(errors.RegardError, ValueError):
 def names() -> dict[str, Any]:
     """What a text may name: parts, what they are made of, and maps of features."""
     found: dict[str, Any] = {"Features": Features, "Dropout": Dropout, "Grid": Grid}
-    for module in (score, position, mask, neighborhood, normalizer, feature_map):
+    for module in (score, position, mask, neighborhood, graph, normalizer, feature_map):
         for name, item in vars(module).items():
             made = isinstance(item, type) and issubclass(item, (Part, position.Scaling))
             built = made and "__dataclass_fields__" in vars(item) and item not in SPELLED

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 
-from regard import errors, feature_map, neighborhood  # noqa: F401, its mask is a kind
+from regard import errors, feature_map, graph, neighborhood  # noqa: F401, for their masks
 from regard.custom import Custom
 from regard.feature_map import FeatureMap
 from regard.grid import Grid

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regard import errors
+from regard.graph import Graph
 from regard.mask import And, Causal, Dense, Documents, Mask, Not, Or, Padding, Prefix, Window
 from regard.neighborhood import Neighborhood
 
@@ -25,7 +26,8 @@ def visible(mask: Mask, i: Tensor, j: Tensor) -> Tensor:
     """
     raise errors.FormError(
         f"the mask {mask!r} has no formula for an ONNX graph; masks that have one are Causal, "
-        "Window, Prefix, Padding, Documents, Dense, Neighborhood, and what &, | and ~ make of them."
+        "Window, Prefix, Padding, Documents, Dense, Neighborhood, Graph, and what &, | and ~ make of "
+        "them."
     )
 
 
@@ -91,3 +93,11 @@ def _(mask: Neighborhood, i: Tensor, j: Tensor) -> Tensor:
     taps = from_first.div(step, rounding_mode="floor")
     inside = (taps >= 0) & (taps < count[:, None, :]) & (taps * step == from_first)
     return inside.all(-1)
+
+
+@visible.register
+def _(mask: Graph, i: Tensor, j: Tensor) -> Tensor:
+    source, target = mask.edges
+    none = torch.zeros(i.shape[0], j.shape[0], dtype=torch.bool, device=i.device)
+    edges = none.index_put((target, source), torch.ones((), dtype=torch.bool, device=i.device))
+    return edges | (i == j) if mask.loops else edges
