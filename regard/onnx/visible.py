@@ -26,8 +26,8 @@ def visible(mask: Mask, i: Tensor, j: Tensor) -> Tensor:
     """
     raise errors.FormError(
         f"the mask {mask!r} has no formula for an ONNX graph; masks that have one are Causal, "
-        "Window, Prefix, Padding, Documents, Dense, Neighborhood, Graph, and what &, | and ~ make of "
-        "them."
+        "Window, Prefix, Padding, Documents, Dense, Neighborhood, Graph, and what &, | and ~ make "
+        "of them."
     )
 
 
