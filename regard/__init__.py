@@ -5,10 +5,12 @@ made of a score, a position part, a mask and a normalizer. `A @ value` is the ou
 `A.topk(8)`, `A.entropy()`, `A.pool(256)` look at it. Nothing of size n x n is ever stored.
 """
 
-from regard import convert, nn  # noqa: F401, `regard.nn` needs no import of its own
+from regard import convert, nn, onnx  # noqa: F401, `regard.nn` needs no import of its own
 from regard.dropout import Dropout
 from regard.errors import (
-    DeviceError,
+    DeviceError as DeviceError,  # caught by hardly anyone: not among the names to learn
+)
+from regard.errors import (
     DtypeError,
     FormError,
     MissingPackageError,
@@ -17,6 +19,7 @@ from regard.errors import (
 )
 from regard.features import Features
 from regard.form.recurrent import recur
+from regard.interchange import load
 from regard.look import look
 from regard.mask import Causal, Dense, Documents, Mask, Padding, Prefix, Window
 from regard.matrix import Attention, attention
@@ -35,7 +38,6 @@ __all__ = [
     "Causal",
     "Cosine",
     "Dense",
-    "DeviceError",
     "Distance",
     "Documents",
     "Dot",
@@ -61,6 +63,7 @@ __all__ = [
     "Softmax",
     "Window",
     "attention",
+    "load",
     "look",
     "recur",
     "scaled_dot_product_attention",

@@ -1,4 +1,4 @@
-"""The command line: `regard look`."""
+"""The command line: `regard look`, `regard explain`, `regard bench`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from regard.commands import bench, explain
 from regard.errors import RegardError
 from regard.look import Look
 from regard.look.scene import Scene
@@ -23,12 +24,17 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 after a message on stderr."""
-    parser = argparse.ArgumentParser(prog="regard", description="Self-attention, looked at.")
+    parser = argparse.ArgumentParser(
+        prog="regard", description="Self-attention, looked at and measured."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_look(commands)
+    explain.add(commands)
+    bench.add(commands)
     options = parser.parse_args(argv)
     try:
-        return _look(options)
+        status: int = options.run(options)
+        return status
     except (RegardError, OSError) as error:
         print(f"regard {options.command}: {error}", file=sys.stderr)
         return 1
@@ -63,6 +69,7 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default=Path("regard-look.html"),
         help="the page (default: %(default)s)",
     )
+    command.set_defaults(run=_look)
 
 
 def _positive(text: str) -> int:

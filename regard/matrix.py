@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -261,6 +262,25 @@ class Attention(Factor, Looking):
         from regard import explain
 
         return explain.explain(self, value)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write query, key and all parts to a safetensors file; `regard.load(path)` reads it.
+
+        Cost: O(n d) bytes, what the matrix holds; tensors by the names of their fields, so that
+        other programs read them, too. A mask of your own is saved as its runs.
+        Raises MissingPackageError without the package safetensors, and
+        `regard.interchange.FileError` for what is code: a score function of your own, a lambda.
+
+        >>> import pathlib, tempfile, regard
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "matrix.safetensors"
+        >>> A = attention(torch.randn(8, 5, 4), torch.randn(8, 5, 4), mask=regard.Causal())
+        >>> A.save(path)
+        >>> torch.equal(regard.load(path).dense(), A.dense())
+        True
+        """
+        from regard import interchange
+
+        interchange.save(self, path)
 
     def wide(self) -> Attention:
         """The same matrix computed in float32, if its dtype is a half precision; else itself."""

@@ -92,7 +92,7 @@ class Neighborhood(Mask):
 
     def keys(self, i: Tensor) -> tuple[Tensor, Tensor]:
         """The keys of queries i [*x], and which there are: [*x, keys of a box] each, in order."""
-        start, count = self._boxes(i)
+        start, count = self.boxes(i)
         taps = box(self._kernel, i.device)
         at = start[..., None, :] + taps * self.grid.tensor(self.dilation, taps)
         some = (taps < count[..., None, :]).all(-1)
@@ -105,7 +105,7 @@ class Neighborhood(Mask):
             start, some = self.keys(i)
             length = torch.ones_like(start)
         else:  # the keys of a line of the box follow each other: one run
-            first, count = self._boxes(i)
+            first, count = self.boxes(i)
             lines = box((*self._kernel[:-1], 1), device)
             at = first[:, None, :] + lines * self.grid.tensor(self.dilation, lines)
             some = (lines < count[:, None, :]).all(-1)
@@ -115,7 +115,7 @@ class Neighborhood(Mask):
         runs = Runs((), rows, columns, counts, start, start + length)
         return runs | runs  # joins lines that touch, where a box is as wide as the grid
 
-    def _boxes(self, i: Tensor) -> tuple[Tensor, Tensor]:
+    def boxes(self, i: Tensor) -> tuple[Tensor, Tensor]:
         """First coordinate and number of keys along each axis, [*x, axes] each."""
         at = self.grid.keys(i)
         starts, counts = [], []

@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from regard import errors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,9 +37,23 @@ def opaque(
             followed = None if instead is None else instead(*args, **kwargs)
             if followed is not None:
                 return followed(*args, **kwargs)
+            if is_for_onnx():  # torch.export would run it once, for the lengths of the example
+                raise errors.FormError(
+                    f"an ONNX graph holds products of regard's own parts; {function.__name__!r} of "
+                    "these arguments looks at weights, keeps a state, or has a function of your "
+                    "own, and runs outside of graphs."
+                )
             torch._dynamo.graph_break(
                 msg=f"regard runs {function.__name__!r} of these arguments outside of graphs; "
                 "fullgraph=True forbids that."
+            )
+        elif (
+            instead is product_in_graph and torch._C._is_tracing() and kwargs.get("form") != "dense"
+        ):
+            raise errors.FormError(  # the numbers of the example, whatever the input
+                "torch.jit.trace, and torch.onnx.export with dynamo=False, would record a product "
+                "of regard as a constant. What works: torch.export.export, regard.onnx.export or "
+                'torch.onnx.export(..., dynamo=True, opset_version=23); in a trace form="dense".'
             )
         # torch.compile gives up on some functions and runs them, but compiles what they call.
         elif (
@@ -63,8 +80,23 @@ def opaque_unless(
     return lambda function: opaque(function, instead)
 
 
+FOR_ONNX: ContextVar[bool] = ContextVar("FOR_ONNX", default=False)
+"""Whether the graph being made is for `regard.onnx.export`."""
+
+
+def is_for_onnx() -> bool:
+    """Whether the graph being made is for ONNX; torch.compile, which cannot ask, makes none."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return FOR_ONNX.get() or torch.onnx.is_in_onnx_export()
+
+
 def product_in_graph(factor: Factor, x: Tensor, *, form: str | None = None) -> Any:
-    """The operator of a graph that does what `factor.matmul` does, or None."""
+    """What a graph takes in the place of `factor.matmul`: an operator of its own, or None."""
+    if is_for_onnx():
+        from regard import onnx
+
+        return onnx.product
     from regard.form import in_graph
 
     return in_graph.instead(factor, form)

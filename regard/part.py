@@ -7,6 +7,7 @@ them all, cut them to one tile, and hand back gradients in the same places.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Self
@@ -71,6 +72,15 @@ class Part:
         Most tensors do not belong to single rows or columns and stay whole.
         """
         return self._map(lambda owner, name, tensor: tensor, lambda part: part.cut(rows, columns))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the part to a safetensors file, from which `regard.load(path)` makes it again.
+
+        Raises FileError for what no file can hold, see `Attention.save`.
+        """
+        from regard import interchange
+
+        interchange.save(self, path)
 
     def _items(self) -> Iterator[tuple[str, Any]]:
         for field in fields(self):  # type: ignore[arg-type]

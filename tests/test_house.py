@@ -89,9 +89,9 @@ def test_imports_point_one_way():
         {"rule", "transposed", "neighborhood", "graph"},
         {"looking"},
         {"matrix"},
-        {"form", "indexing", "explain", "picture", "sdpa"},
+        {"form", "indexing", "explain", "picture", "sdpa", "interchange", "literal", "onnx"},
         {"nn", "look", "receptive"},
-        {"convert"},
+        {"convert", "commands"},
         {"cli", "hf"},
     ]
     level = {module: number for number, modules in enumerate(order) for module in modules}
@@ -135,7 +135,7 @@ def test_importing_regard_imports_nothing_optional():
     """A fresh process in which every optional package is missing still computes."""
     code = """
 import sys
-for name in ('transformers', 'safetensors', 'triton', 'selenium'):
+for name in ('transformers', 'safetensors', 'triton', 'selenium', 'onnx', 'onnxscript'):
     sys.modules[name] = None  # as if it were not installed
 import torch, regard
 x = torch.randn(4, 2)

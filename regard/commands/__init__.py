@@ -1,0 +1,1 @@
+"""The subcommands of `regard` that compute: `explain` and `bench`."""
