@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "positions.md": ROOT / "examples" / "positions" / "results",
     "convolution.md": ROOT / "examples" / "convolution" / "results",
+    "recurrence.md": ROOT / "examples" / "recurrence" / "results",
 }
 KEPT = sorted(path for results in PAGES.values() for path in results.glob("*.json"))
 sys.path.append(str(ROOT))  # last, so that an installed regard is the one that is tested
@@ -26,6 +27,12 @@ SCRIPTS = {
     "positions.length": {"length.md", "length.png"},
     "convolution.convert": {"convert.md", "convert.png"},
     "convolution.receptive": {"receptive.md", "receptive.png"},
+    "recurrence.copy_task": {"copy_task.md", "copy_task.png"},
+    "recurrence.copying": {"copying.md", "copying.png"},
+    "recurrence.decode": {"decode.png"},
+    "recurrence.generation": {"generation.md", "generation.png"},
+    "recurrence.mimicry": {"mimicry.md", "mimicry.png"},
+    "recurrence.recall": {"recall.md", "recall.png"},
 }
 
 

@@ -118,7 +118,8 @@ def linearize(
     _check(layer, inputs, mask)
     with torch.no_grad():
         linear = _linear(layer, map)
-    learns = [p for p in linear.score.parameters() if p.requires_grad]
+    held: Any = linear.score
+    learns = [p for p in held.parameters() if p.requires_grad]
     if learns and steps:
         optimizer = torch.optim.Adam(learns, lr=rate)
         for _ in range(steps):
@@ -156,8 +157,8 @@ def lost(
         output, other = (each(one, mask=mask)[0].double() for each in (layer, linear))
         far += float((output - other).square().sum())
         size += float(output.square().sum())
-    means = (torch.stack(each).mean(0).tolist() for each in (kl, entropy))
-    return Lost(*(tuple(mean) for mean in means), output=(far / size) ** 0.5 if size else 0.0)
+    of_heads, spread = (tuple(torch.stack(each).mean(0).tolist()) for each in (kl, entropy))
+    return Lost(of_heads, spread, (far / size) ** 0.5 if size else 0.0)
 
 
 def _rows(layer: SelfAttention, x: Tensor, mask: Mask | None) -> Tensor:
