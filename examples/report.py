@@ -27,6 +27,7 @@ def arguments(document: str, seeds: int = 3) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=seeds, help=f"default {seeds}")
     parser.add_argument("--quick", action="store_true", help="only see that it runs, in seconds")
     parser.add_argument("--redraw", action="store_true", help="from numbers kept, train nothing")
+    parser.add_argument("--resume", action="store_true", help="go on after numbers kept")
     parser.add_argument("--out", type=Path, help="folder for tables and pictures")
     parser.add_argument("--jobs", type=int, default=2, help="models trained at once, a thread each")
     return parser
@@ -54,7 +55,8 @@ def run(
     """The result of each job, in order, which is lists of numbers; also kept as `name`.json.
 
     Each job is seeded by itself, so that --jobs changes no result; all jobs of one seed stand
-    before those of the next, so that fewer seeds are a beginning of the list. Sets
+    before those of the next, so that fewer seeds are a beginning of the list, and --resume goes on
+    where a run was stopped. Sets
     `options.conditions`: the machine in words, torch's version, `about` what was learned from.
     """
     kept = options.out / f"{name}.json"
@@ -66,7 +68,10 @@ def run(
         f"torch {torch.__version__}. {about}"
     ).strip()
     options.out.mkdir(parents=True, exist_ok=True)
-    results = []
+    results: list[Result] = []
+    if options.resume and kept.exists():
+        results = json.loads(kept.read_text())[1][: len(jobs)]
+    jobs = jobs[len(results) :]
     with contextlib.ExitStack() as stack:
         found: Iterable[Result] = map(work, jobs)
         if options.jobs < 2:

@@ -1,6 +1,7 @@
 """Every example runs from its first line to its last table, on next to nothing."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -52,6 +53,17 @@ def test_numbers_that_were_kept_are_drawn_again_without_training(tmp_path):
     first = (tmp_path / "length.md").read_text()
     script.main(["--quick", "--out", str(tmp_path), "--redraw"])
     assert (tmp_path / "length.md").read_text() == first
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    script = importlib.import_module("examples.recurrence.copy_task")
+    script.main(["--quick", "--out", str(tmp_path)])
+    kept = tmp_path / "copy_task.json"
+    whole = kept.read_text()
+    conditions, results = json.loads(whole)
+    kept.write_text(json.dumps([conditions, [[0.5] * len(results[0])]]))
+    script.main(["--quick", "--out", str(tmp_path), "--resume"])
+    assert json.loads(kept.read_text())[1] == [[0.5] * len(results[0]), *results[1:]]
 
 
 def tables(text):
