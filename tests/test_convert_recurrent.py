@@ -141,6 +141,21 @@ def test_a_state_is_a_value_and_of_constant_size():
     assert (state.length, later.length) == (3, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["linear, rotary", "retention", "channel, delta"])
+def test_a_cell_computes_what_a_step_does(name, dtype):
+    """Bit by bit, and in float32 between tokens whatever the layer's dtype."""
+    layer, x = LAYERS[name]().to(dtype), normal(3, 2, D).to(dtype)
+    cell, state, held = to_recurrent(layer), None, layer.state()
+    with torch.no_grad():
+        for one in x:
+            output, state = cell(one, state)
+            assert torch.equal(output, layer.step(one, held))
+    assert output.dtype == dtype
+    assert state.memory.dtype == torch.float32
+    assert torch.equal(state.memory, held.state)
+
+
 def test_parameters_are_shared_and_saved():
     layer = LAYERS["linear"]()
     cell = to_recurrent(layer)
@@ -250,7 +265,7 @@ def test_what_is_lost_is_what_the_formulas_say(sharp):
         torch.tensor(found.kl, dtype=torch.float64), kl, rtol=1e-12, atol=1e-12
     )
     y, z = (layer(x, mask=Causal())[0] for layer in (sharp, linear))
-    assert found.output == pytest.approx(float((y - z).norm() / y.norm()), rel=1e-12)
+    assert found.output == pytest.approx(float(((y - z).norm() / y.norm()).detach()), rel=1e-12)
     assert lost(sharp, linear, x) == found
     assert lost(sharp, sharp, x).kl == (0.0,) * H
     uniform = made()

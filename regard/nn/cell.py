@@ -48,8 +48,8 @@ class RecurrentCell(nn.Module):
     layer: causal self-attention whose matrix is a recurrence; see `regard.convert.to_recurrent`.
         Its parameters are the cell's: what trains one trains the other.
     The outputs of a sequence are those of `layer(x, mask=Causal())` up to rounding, and so are
-    gradients, which flow through states. Cost: 2 h f (2 e + 1) flops for h heads with f features
-    and values of width e, beside the projections, however many tokens came before.
+    gradients, which flow through states. Cost: 4 h f (e + 1) flops for h heads with f features and
+    values of width e, beside the projections, however many tokens came before.
     Katharopoulos et al. 2020, arXiv:2006.16236, eqs. 16 to 20. Raises FormError where the layer is
     no recurrence.
 
