@@ -5,8 +5,9 @@ pixels, 64 tokens of 17 grey levels: two blocks of width 64, 4 heads, learned po
 they are is said in bits per pixel of images they have not seen.
 
 Speed is measured of one thread, in seconds of the processor: softmax that reads the whole image
-again for each pixel (recompute), softmax with a KV cache, and the recurrent state; also for images
-of 1,024 pixels, of models that were not trained, since their weights change no time.
+again for each pixel (recompute), softmax with a KV cache, the recurrent state, and the same state
+in cells (`to_recurrent`), which build no matrix; also for images of 1,024 pixels, of models that
+were not trained, since their weights change no time.
 
 After table 4 of Katharopoulos et al. 2020, arXiv:2006.16236, where n is 784 and 3,072.
 """
@@ -28,11 +29,12 @@ from examples.model import Batch, Encoding, Size, Transformer, loss, train
 from examples.recurrence import pictures
 from examples.recurrence.mixers import MIXERS, RESULTS
 from regard import Causal
-from regard.nn import Learned, generate
+from regard.convert import to_recurrent
+from regard.nn import CellState, Learned, generate
 
 START = LEVELS
 COMPARED = ("softmax", "linear")
-WAYS = ("recompute", "KV cache", "recurrent state")
+WAYS = ("recompute", "KV cache", "recurrent state", "recurrent cells")
 LONG = 1024
 SHOWN = 12
 
@@ -74,23 +76,44 @@ class Recomputed:
         return self.model(self.tokens)
 
 
-def drawn(model: Transformer, count: int, pixels: int, *, recompute: bool = False) -> Tensor:
+class Celled:
+    """The model as a recurrent network: one token in each call, and the cells' states."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.cells = [to_recurrent(block.attention) for block in model.blocks]
+        self.states: list[CellState | None] = [None] * len(self.cells)
+        self.length = 0
+
+    def __call__(self, tokens: Tensor, state: Any) -> Tensor:
+        model = self.model
+        x = model.place(model.embed(tokens), offset=self.length)
+        for k, (block, cell) in enumerate(zip(model.blocks, self.cells, strict=True)):
+            mixed, self.states[k] = cell(block.norms[0](x)[:, 0], self.states[k])
+            x = x + mixed[:, None]
+            x = x + block.forward_part(block.norms[1](x))
+        self.length += 1
+        return model.out(model.norm(x))
+
+
+def drawn(model: Transformer, count: int, pixels: int, way: str) -> Tensor:
     """Images [count, pixels] from a model, one pixel after the other."""
 
     def choose(logits: Tensor) -> Tensor:
         return torch.multinomial(logits[..., :LEVELS].softmax(-1), 1)[..., 0]
 
     start = torch.full((count, 1), START)
-    if recompute:
-        return generate(Recomputed(model), start, pixels, state=None, choose=choose)
+    if way in ("recompute", "recurrent cells"):
+        kind = Recomputed if way == "recompute" else Celled
+        return generate(kind(model), start, pixels, state=None, choose=choose)
     return generate(model, start, pixels, state=model.memory(), choose=choose)
 
 
-def images_per_second(model: Transformer, count: int, pixels: int, *, recompute: bool) -> float:
+def images_per_second(model: Transformer, count: int, pixels: int, way: str) -> float:
     """Of the processor's seconds, after a first image that is dropped."""
-    drawn(model, count, min(pixels, 8), recompute=recompute)
+    drawn(model, count, min(pixels, 8), way)
     start = time.process_time()
-    drawn(model, count, pixels, recompute=recompute)
+    drawn(model, count, pixels, way)
     return count / (time.process_time() - start)
 
 
@@ -106,14 +129,15 @@ def result(job: Job) -> dict[str, list[float]]:
     found = {"bits": [sum(nats) / len(nats) / math.log(2)], "speed": [], "images": []}
     if job.seed == 0:
         untrained = model_of(job.mixer, job.long).eval()
-        for recompute in (True, False) if job.mixer == "softmax" else (False,):
+        ways = WAYS[:2] if job.mixer == "softmax" else WAYS[2:]
+        for way in ways:
             for one, count, pixels in (
                 (model, 1, PIXELS),
                 (model, job.many, PIXELS),
                 (untrained, 1, job.long),
             ):
-                found["speed"].append(images_per_second(one, count, pixels, recompute=recompute))
-        found["images"] = drawn(model, SHOWN, PIXELS).flatten().tolist()
+                found["speed"].append(images_per_second(one, count, pixels, way))
+        found["images"] = drawn(model, SHOWN, PIXELS, ways[-1]).flatten().tolist()
     return found
 
 

@@ -159,7 +159,7 @@ def main(given: list[str] | None = None) -> None:
     for job, numbers in zip(jobs, report.run(result, jobs, "recall", options), strict=True):
         (twice if job.twice else plain[job.width])[job.mixer].append(numbers)
     panels = {f"width {width}": (PAIRS, found) for width, found in plain.items()}
-    panels[f"width {REBOUND_WIDTH}, every key bound twice"] = (REBOUND, twice)
+    panels[f"width {REBOUND_WIDTH}, keys bound twice"] = (REBOUND, twice)
     pictures.recall(panels, options.out)
     report.write(options.out, "recall", *page(plain, twice, jobs[0], options))
 
