@@ -45,7 +45,7 @@ def copying(found: Mapping[str, Mapping[str, Sequence[float]]], folder: Path) ->
     axes.set_ylabel("right symbols, %")
     axes.set_ylim(0, 105)
     axes.axhline(12.5, color="0.6", linestyle=":")
-    axes.legend(frameon=False, fontsize=8, loc="center right")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save(figure, folder, "copying")
 
 
@@ -69,6 +69,7 @@ def digits(found: Mapping[str, Tensor], count: int, folder: Path) -> None:
         axes.imshow(row, cmap="gray_r", vmin=0, vmax=16, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
+        axes.spines[:].set_visible(False)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
     save(figure, folder, "generation")
 
@@ -76,7 +77,9 @@ def digits(found: Mapping[str, Tensor], count: int, folder: Path) -> None:
 def rows(names: Sequence[str], weights: Tensor, folder: Path) -> None:
     """The weights of one query, for each kind of attention."""
     figure, axes = plt.subplots(figsize=(7.2, 2.8))
-    for name, each, colour in zip(names, weights.reshape(len(names), -1), COLOURS, strict=False):
+    weights = weights.reshape(len(names), -1)
+    seen = int(weights.any(0).nonzero().max()) + 1  # the rest is hidden by the mask
+    for name, each, colour in zip(names, weights[:, :seen], COLOURS, strict=False):
         width = 2.5 if name == names[0] else 1.2
         axes.plot(each, color=colour, linewidth=width, label=name, drawstyle="steps-mid")
     axes.set_xlabel("key (a pixel; the query is the last of them)")
