@@ -66,7 +66,7 @@ def digits(found: Mapping[str, Tensor], count: int, folder: Path) -> None:
     for axes, (name, pixels) in zip(grid, found.items(), strict=True):
         images = pixels.reshape(count, 8, 8)
         row = torch.nn.functional.pad(images, (1, 1)).permute(1, 0, 2).flatten(1)
-        axes.imshow(row, cmap="gray_r", vmin=0, vmax=16, interpolation="nearest")
+        axes.imshow(row.numpy(), cmap="gray_r", vmin=0, vmax=16, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
