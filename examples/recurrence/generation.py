@@ -165,7 +165,7 @@ def page(
 
 def main(given: list[str] | None = None) -> None:
     """Train every model, and write the tables and the picture."""
-    options = report.parse(report.arguments(__doc__, seeds=2), given, RESULTS)
+    options = report.parse(report.arguments(__doc__), given, RESULTS)
     jobs = [Job(mixer, seed) for seed in range(options.seeds) for mixer in COMPARED]
     if options.quick:
         jobs = [replace(job, steps=2, batch=2, long=20, many=2, quick=True) for job in jobs]
