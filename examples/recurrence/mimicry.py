@@ -146,7 +146,7 @@ def page(found: list[dict[str, list[float]]], job: Job, options: argparse.Namesp
 
 def main(given: list[str] | None = None) -> None:
     """Train and convert every model, and write the table and the picture."""
-    options = report.parse(report.arguments(__doc__, seeds=2), given, RESULTS)
+    options = report.parse(report.arguments(__doc__), given, RESULTS)
     jobs = [Job(seed) for seed in range(options.seeds)]
     if options.quick:
         jobs = [
