@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regard import Mask
 from regard.nn import GatedAttention, Learnable, SelfAttention
+from regard.nn.cache import State
 from regard.position import Position
 
 Batch = tuple[Tensor, Tensor]
@@ -48,27 +49,46 @@ class Size:
         return self.width // self.heads
 
 
+Mixer = Callable[[Size], SelfAttention]
+"""Another layer in the place of softmax attention."""
+
+
 class Block(nn.Module):
     """x + attention(norm x), then x + feed-forward(norm x)."""
 
-    def __init__(self, size: Size, position: Position | None) -> None:
+    def __init__(self, size: Size, position: Position | None, mixer: Mixer | None = None) -> None:
         super().__init__()
-        self.attention = SelfAttention(size.width, size.heads, position=position)
+        self.attention = (
+            SelfAttention(size.width, size.heads, position=position)
+            if mixer is None
+            else mixer(size)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(size.width) for _ in range(2))
         inner = 4 * size.width
         self.forward_part = nn.Sequential(
             nn.Linear(size.width, inner), nn.ReLU(), nn.Linear(inner, size.width)
         )
 
-    def forward(self, x: Tensor, mask: Mask | None) -> Tensor:
-        x = x + self.attention(self.norms[0](x), mask=mask)[0]
+    def forward(self, x: Tensor, mask: Mask | None, state: State | None = None) -> Tensor:
+        mask = mask if state is None else None  # a state says what came before
+        x = x + self.attention(self.norms[0](x), mask=mask, state=state)[0]
         return x + self.forward_part(self.norms[1](x))
 
 
 class Transformer(nn.Module):
-    """Tokens [batch, n] -> logits [batch, n, symbols]."""
+    """Tokens [batch, n] -> logits [batch, n, symbols].
 
-    def __init__(self, symbols: int, encoding: Encoding, mask: Mask | None, size: Size) -> None:
+    With `memory`, a state for each block, tokens go on where those before ended.
+    """
+
+    def __init__(
+        self,
+        symbols: int,
+        encoding: Encoding,
+        mask: Mask | None,
+        size: Size,
+        mixer: Mixer | None = None,
+    ) -> None:
         super().__init__()
         self.mask = mask
         self.embed = nn.Embedding(symbols, size.width)
@@ -76,21 +96,26 @@ class Transformer(nn.Module):
         on_input, on_attention = encoding.on_input, encoding.on_attention
         self.place = nn.Identity() if on_input is None else on_input(size.width)
         self.blocks = nn.ModuleList(
-            Block(size, on_attention and on_attention(size.heads, size.head_width))
+            Block(size, on_attention and on_attention(size.heads, size.head_width), mixer)
             for _ in range(size.blocks)
         )
         self.norm = nn.LayerNorm(size.width)
         self.out = nn.Linear(size.width, symbols)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.out(self.norm(self.states(tokens)[-1]))
+    def forward(self, tokens: Tensor, memory: list[State] | None = None) -> Tensor:
+        return self.out(self.norm(self.states(tokens, memory)[-1]))
 
-    def states(self, tokens: Tensor) -> list[Tensor]:
+    def states(self, tokens: Tensor, memory: list[State] | None = None) -> list[Tensor]:
         """The vectors [batch, n, width] before the first block and after each."""
-        states = [self.place(self.embed(tokens))]
-        for block in self.blocks:
-            states.append(block(states[-1], self.mask))
+        x = self.embed(tokens)
+        states = [self.place(x, offset=memory[0].length) if memory else self.place(x)]
+        for block, state in zip(self.blocks, memory or [None] * len(self.blocks), strict=True):
+            states.append(block(states[-1], self.mask, state))
         return states
+
+    def memory(self) -> list[State]:
+        """An empty state for each block: what generation keeps."""
+        return [block.attention.state() for block in self.blocks]
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,16 @@ mpl.rcParams.update(
         "axes.spines.right": False,
     }
 )
+
+
+def bands(found: Mapping[str, Sequence[Sequence[float]]], axes: Any, at: Sequence[float]) -> None:
+    """A line for each name: the mean of its seeds, in a band from the least to the greatest."""
+    for (name, runs), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):
+        columns = list(zip(*runs, strict=True))
+        mean = [statistics.fmean(column) for column in columns]
+        least, most = [min(column) for column in columns], [max(column) for column in columns]
+        axes.plot(at, mean, color=colour, marker=marker, markersize=4, label=name)
+        axes.fill_between(at, least, most, color=colour, alpha=0.15, linewidth=0)
 
 
 def save(figure: Any, folder: Path, name: str) -> None:

@@ -27,6 +27,7 @@ def arguments(document: str, seeds: int = 3) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=seeds, help=f"default {seeds}")
     parser.add_argument("--quick", action="store_true", help="only see that it runs, in seconds")
     parser.add_argument("--redraw", action="store_true", help="from numbers kept, train nothing")
+    parser.add_argument("--resume", action="store_true", help="go on after numbers kept")
     parser.add_argument("--out", type=Path, help="folder for tables and pictures")
     parser.add_argument("--jobs", type=int, default=2, help="models trained at once, a thread each")
     return parser
@@ -58,8 +59,9 @@ def run(
     Each job is seeded by itself, so that --jobs changes no result; all jobs of one seed stand
     before those of the next, so that fewer seeds are a beginning of the list. Each result is also
     a line of `name`.partial.jsonl as soon as it is there, until `write` has written the page: what
-    was interrupted goes on where it was. Sets `options.conditions`: the machine in words, torch's
-    version, `about` what was learned from.
+    was interrupted goes on where it was, and with --resume more seeds are added to those of
+    `name`.json. Sets `options.conditions`: the machine in words, torch's version, `about` what was
+    learned from.
     """
     kept = options.out / f"{name}.json"
     if options.redraw:
@@ -73,6 +75,9 @@ def run(
     partial = _partial(options.out, name)
     lines = partial.read_text().splitlines(keepends=True) if partial.exists() else []
     done = dict(json.loads(line) for line in lines if line.endswith("\n"))
+    if options.resume and kept.exists():
+        _, earlier = json.loads(kept.read_text())
+        done = {repr(job): result for job, result in zip(jobs, earlier, strict=False)} | done
     left = [] if so_far else [job for job in jobs if repr(job) not in done]
     if done:
         kept_jobs = sum(repr(job) in done for job in jobs)

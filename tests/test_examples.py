@@ -1,6 +1,7 @@
 """Every example runs from its first line to its last table, on next to nothing."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "positions.md": ROOT / "examples" / "positions" / "results",
     "convolution.md": ROOT / "examples" / "convolution" / "results",
+    "recurrence.md": ROOT / "examples" / "recurrence" / "results",
 }
 KEPT = sorted(path for results in PAGES.values() for path in results.glob("*.json"))
 sys.path.append(str(ROOT))  # last, so that an installed regard is the one that is tested
@@ -29,6 +31,12 @@ SCRIPTS = {
     "convolution.receptive": {"receptive.md", "receptive.png"},
     "convolution.data_size": {"data_size.md", "data_size.png", "fields.png"},
     "convolution.crossover": {"crossover.md", "crossover.png"},
+    "recurrence.copy_task": {"copy_task.md", "copy_task.png"},
+    "recurrence.copying": {"copying.md", "copying.png"},
+    "recurrence.decode": {"decode.png"},
+    "recurrence.generation": {"generation.md", "generation.png"},
+    "recurrence.mimicry": {"mimicry.md", "mimicry.png"},
+    "recurrence.recall": {"recall.md", "recall.png"},
 }
 
 
@@ -48,6 +56,17 @@ def test_numbers_that_were_kept_are_drawn_again_without_training(tmp_path):
     first = (tmp_path / "length.md").read_text()
     script.main(["--quick", "--out", str(tmp_path), "--redraw"])
     assert (tmp_path / "length.md").read_text() == first
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    script = importlib.import_module("examples.recurrence.copy_task")
+    script.main(["--quick", "--out", str(tmp_path)])
+    kept = tmp_path / "copy_task.json"
+    whole = kept.read_text()
+    conditions, results = json.loads(whole)
+    kept.write_text(json.dumps([conditions, [[0.5] * len(results[0])]]))
+    script.main(["--quick", "--out", str(tmp_path), "--resume"])
+    assert json.loads(kept.read_text())[1] == [[0.5] * len(results[0]), *results[1:]]
 
 
 def tables(text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from examples.pictures import COLOURS, MARKERS, save
+from examples.pictures import COLOURS, MARKERS, bands, save
 
 
 class Map(NamedTuple):
@@ -89,13 +88,8 @@ def lines(rows: list[list[Lines]], folder: Path, name: str) -> None:
 def by_length(
     found: dict[str, list[list[float]]], axes: Any, lengths: Sequence[int], trained: int
 ) -> None:
-    """A line for each encoding: the mean of its seeds, in a band from the least to the greatest."""
-    for (name, runs), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):
-        columns = list(zip(*runs, strict=True))
-        mean = [statistics.fmean(column) for column in columns]
-        least, most = [min(column) for column in columns], [max(column) for column in columns]
-        axes.plot(lengths, mean, color=colour, marker=marker, markersize=4, label=name)
-        axes.fill_between(lengths, least, most, color=colour, alpha=0.15, linewidth=0)
+    """Bands for each encoding, and a line where training ended."""
+    bands(found, axes, lengths)
     axes.axvline(trained, color="0.6", linestyle=":")
     axes.set_xticks(lengths, [str(length) for length in lengths])
 

@@ -39,6 +39,7 @@ from regard.trace import graph_leaves
 
 if TYPE_CHECKING:
     from regard.matrix import Attention
+    from regard.rule import Rule
 
 SHORT = 1024
 """Rows from which position-only ALiBi takes longer in `fused`, 8 heads of width 64 on two cores."""
@@ -274,7 +275,7 @@ def _run(matrix: Attention, value: Tensor, state: Tensor | None) -> tuple[Tensor
     batch = _output_batch(matrix, value)
     groups = Groups.of(matrix, batch)
     with torch.autocast(value.device.type, enabled=False):
-        tokens = _tokens(matrix, value, groups)
+        tokens = _tokens(matrix.rule, matrix.query, matrix.key, value, groups)
         if found.keep is not None:
             hidden = groups.split(~found.keep[..., None])
             tokens = tokens._replace(key=tokens.key.masked_fill(hidden, 0))
@@ -284,10 +285,31 @@ def _run(matrix: Attention, value: Tensor, state: Tensor | None) -> tuple[Tensor
             output = tokens.query @ after
         else:
             output, after = _since_start(tokens, found, groups, state)
-        if not isinstance(matrix.normalizer, Identity):
-            total = output[..., -1:] + getattr(matrix.normalizer, "eps", 0.0)
-            empty = total == 0
-            output = torch.where(empty, 0, output[..., :-1] / torch.where(empty, 1, total))
+        output = _divided(output, matrix.normalizer)
+    return groups.join(output, batch).to(value.dtype), groups.join(after, None)
+
+
+def _divided(output: Tensor, normalizer: Normalizer) -> Tensor:
+    """The last column, sums of scores, divides the others, unless scores are weights."""
+    if isinstance(normalizer, Identity):
+        return output
+    total = output[..., -1:] + getattr(normalizer, "eps", 0.0)
+    empty = total == 0
+    return torch.where(empty, 0, output[..., :-1] / torch.where(empty, 1, total))
+
+
+def step(
+    rule: Rule, query: Tensor, key: Tensor, value: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`recur` of one token, without matrix and mask, which take longer than what is computed."""
+    heads, shared = errors.heads_of(query), errors.heads_of(key)
+    groups = Groups(shared, heads // shared) if shared > 1 else Groups(heads, 1)
+    with torch.autocast(value.device.type, enabled=False):
+        tokens = _tokens(rule, query, key, value, groups)
+        output, after = chunks.step(tokens, _begun(tokens, state, groups))
+    assert output is not None
+    output = _divided(output, rule.normalizer)
+    batch = (*chunks.broadcast([query.shape[:-3], output.shape[:-4]]), heads)
     return groups.join(output, batch).to(value.dtype), groups.join(after, None)
 
 
@@ -299,27 +321,23 @@ def _output_batch(matrix: Attention, value: Tensor) -> tuple[int, ...]:
     return chunks.broadcast([axes, batch])
 
 
-def _tokens(matrix: Attention, value: Tensor, groups: Groups) -> Tokens:
+def _tokens(rule: Rule, query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tokens:
     """What the recurrence reads, in float32 at least; a last column of ones where sums count."""
-    dtype = compute_dtype(matrix.dtype)
+    dtype = compute_dtype(query.dtype)
     value = groups.split(value.to(dtype))
-    if not isinstance(matrix.normalizer, Identity):
+    if not isinstance(rule.normalizer, Identity):
         value = F.pad(value, (0, 1), value=1.0)
-    score, position = matrix.score, matrix.position
+    score, position = rule.score, rule.position
     if isinstance(position, Alibi) and isinstance(score, PositionOnly):
-        query, key = (value.new_ones(1, 1, length, 1) for length in matrix.shape[-2:])
+        one, other = (value.new_ones(1, 1, x.shape[-2], 1) for x in (query, key))
         slopes = groups.split(position.slopes.to(dtype)[..., None, None])
-        return Tokens(query, key, value, -slopes)
+        return Tokens(one, other, value, -slopes)
     assert isinstance(score, Features)
-    query, key = (x.to(dtype) for x in matrix.rule.operands(matrix.query, matrix.key))
+    query, key = (x.to(dtype) for x in rule.operands(query, key))
     query, key = groups.split(score.scaled(query)), groups.split(key)
-    read_write = score.erase
-    own = replace(
-        score,
-        log_decay=groups.split_if_tensor(score.log_decay),
-        beta=groups.split_if_tensor(score.beta),
-        erase=read_write and (groups.split(read_write[0]), groups.split(read_write[1])),
-    )
+    decay, beta = (groups.split_if_tensor(x) for x in (score.log_decay, score.beta))
+    erase: Any = score.erase and tuple(map(groups.split, score.erase))
+    own = replace(score, log_decay=decay, beta=beta, erase=erase)
     erasing = own.erasing(key) if own.erases else (None, None)
     return Tokens(query, own.written(key), value, own.decay(key), *erasing)
 
@@ -339,9 +357,7 @@ def _since_start(
         decay = query.new_zeros(1, 1) if lined.log_decay is None else lined.log_decay
         decay = torch.where(groups.split(begins), -torch.inf, decay)
         lined = lined._replace(log_decay=decay)
-    state = lined.start()
-    if given is not None:
-        state = state + groups.split(_checked(given, state, groups)).to(state.dtype)
+    state = _begun(lined, given, groups)
     if before:
         _, state = chunks.scan(_part(lined, slice(0, before)), state)
     rest = _part(lined, slice(before, last))._replace(query=query[..., early:, :])
@@ -356,8 +372,7 @@ def _lengthened(x: Tensor, tokens: int, keys: int) -> Tensor:
 
 
 def _each(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Tokens:
-    changed: Any = (x if x is None else change(x) for x in tokens)
-    return Tokens(*changed)
+    return Tokens(*(x if x is None else change(x) for x in tokens))  # type: ignore[arg-type]
 
 
 def _part(tokens: Tokens, which: slice) -> Tokens:
@@ -365,7 +380,11 @@ def _part(tokens: Tokens, which: slice) -> Tokens:
     return _each(tokens, lambda x: x[..., which, :] if x.shape[-2] == whole else x)
 
 
-def _checked(state: Tensor, start: Tensor, groups: Groups) -> Tensor:
+def _begun(tokens: Tokens, state: Tensor | None, groups: Groups) -> Tensor:
+    """The state before these tokens: the given one if it fits, or an empty one."""
+    start = tokens.start()
+    if state is None:
+        return start
     errors.check_tensor("state", state, shape="[*batch, heads, d, e]")
     heads = errors.heads_of(state)
     lanes = (*start.shape[:-4], start.shape[-4] * start.shape[-3])
@@ -373,7 +392,6 @@ def _checked(state: Tensor, start: Tensor, groups: Groups) -> Tensor:
     if not (fits and errors.fits(state.shape[:-3], lanes[:-1])):
         raise errors.ShapeError(
             f"state has shape {errors.show(state.shape)}, but these tokens leave one of "
-            f"{errors.show((*lanes, *start.shape[-2:]))}; give what `recur` returned for the "
-            "tokens before, or None at the beginning."
+            f"{errors.show((*lanes, *start.shape[-2:]))}; give what came of those before, or None."
         )
-    return state
+    return start + groups.split(state).to(start.dtype)

@@ -2,6 +2,7 @@
 
 from regard.nn.attention import SelfAttention
 from regard.nn.cache import KVCache, RecurrentState
+from regard.nn.cell import CellState, RecurrentCell
 from regard.nn.conv import ConvAttention
 from regard.nn.gated import GatedAttention
 from regard.nn.learnable import Learnable
@@ -10,6 +11,7 @@ from regard.nn.position import Continuous, Learned, Sinusoidal
 from regard.nn.recurrent import RecurrentAttention, generate
 
 __all__ = [
+    "CellState",
     "Continuous",
     "ConvAttention",
     "GatedAttention",
@@ -18,6 +20,7 @@ __all__ = [
     "Learned",
     "MultiHeadAttention",
     "RecurrentAttention",
+    "RecurrentCell",
     "RecurrentState",
     "SelfAttention",
     "Sinusoidal",

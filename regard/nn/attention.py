@@ -20,6 +20,7 @@ from regard.normalizer import Normalizer, Softmax
 from regard.opaque import opaque_unless
 from regard.part import Part
 from regard.position import Bias, Position
+from regard.rule import Rule
 from regard.score import Dot, Score
 
 
@@ -178,6 +179,12 @@ class SelfAttention(Heads):
                 "give a mask or a state: with a state each token sees those before it, within the "
                 "state's own window."
             )
+        query, key, value = self.project(x)
+        mixed, matrix = self._attend(query, key, value, mask, state=state, score=self._score(x))
+        return self.out_proj(mixed), matrix
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [*batch, heads, n, head_dim] of inputs [*batch, n, d_model]."""
         parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(
             [heads * self.head_dim for heads in self._heads], dim=-1
         )
@@ -185,8 +192,13 @@ class SelfAttention(Heads):
             part.unflatten(-1, (heads, self.head_dim)).transpose(-3, -2)
             for part, heads in zip(parts, self._heads, strict=True)
         )
-        mixed, matrix = self._attend(query, key, value, mask, state=state, score=self._score(x))
-        return self.out_proj(mixed), matrix
+        return query, key, value
+
+    def rule(self, x: Tensor) -> Rule:
+        """The formula of the matrix of inputs x: score, position and normalizer as they are now."""
+        score = self._score(x)
+        score = _built(self.score) if score is None else score
+        return Rule.of(score, _built(self.position), _built(self.normalizer))
 
     def _score(self, x: Tensor) -> Score | None:
         """The score where it depends on the inputs; None for the layer's own."""
@@ -221,9 +233,11 @@ def _built(held: nn.Module | PairFunction | None) -> Any:
     return held() if isinstance(held, Learnable) else held
 
 
-def check_input(name: str, x: Tensor, width: int) -> None:
+def check_input(
+    name: str, x: Tensor, width: int, *, shape: str = "[*batch, n, d_model]", dims: int = 2
+) -> None:
     """Raise unless an input of a layer has `width` channels."""
-    errors.check_tensor(name, x)
+    errors.check_tensor(name, x, shape=shape, dims=dims)
     if x.shape[-1] != width:
         raise errors.ShapeError(
             f"{name} has shape {errors.show(x.shape)}, but this layer takes {width} channels on "

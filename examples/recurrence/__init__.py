@@ -1,0 +1,1 @@
+"""Experiments behind docs/recurrence.md: attention and recurrences beside each other."""
