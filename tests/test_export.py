@@ -79,6 +79,7 @@ def test_exported_layers_give_the_same_numbers(name, strict):
 
 
 def test_an_exported_layer_loads_in_another_process(tmp_path):
+    torch.manual_seed(0)
     layer, x = Layer(SelfAttention(16, 4)), torch.randn(1, 6, 16)
     torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
     torch.save((x, layer(x).detach()), tmp_path / "numbers.pt")
@@ -86,6 +87,8 @@ def test_an_exported_layer_loads_in_another_process(tmp_path):
 import torch, regard.form.in_graph
 x, wanted = torch.load({str(tmp_path / "numbers.pt")!r})
 layer = torch.export.load({str(tmp_path / "layer.pt2")!r}).module()
-assert torch.allclose(layer(x), wanted)
+# Another number of threads adds the 16 products of a sum in another order.
+bound = 16 * torch.finfo(torch.float32).eps * wanted.abs().max()
+assert (layer(x) - wanted).abs().max() <= bound
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
