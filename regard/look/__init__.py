@@ -25,8 +25,19 @@ from regard.look.page import page_of
 from regard.look.record import Captured, CaptureError
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
+from regard.look.statistics import HeadRow, Table, table_of
+from regard.matrix import Attention
 
-__all__ = ["CaptureError", "Captured", "Look", "SourceError", "capture", "look"]
+__all__ = [
+    "CaptureError",
+    "Captured",
+    "HeadRow",
+    "Look",
+    "SourceError",
+    "Table",
+    "capture",
+    "look",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,6 +50,25 @@ class Look:
     def captured(self) -> tuple[Captured, ...]:
         """One record per attention call, each with its lazy `matrix`."""
         return self.scene.captured
+
+    def __getitem__(self, layer: int | str) -> Attention:
+        """The lazy matrix of a layer, by its number or its module's name.
+
+        Raises ShapeError naming the layers there are. A name that was called several times means
+        its last call; `captured` has them all.
+        """
+        for call in reversed(self.captured):
+            if layer in (call.number, call.name):
+                return call.matrix
+        known = ", ".join(f"{call.number} {call.name!r}" for call in self.captured)
+        raise ShapeError(f"there is no layer {layer!r} here; there are {known}")
+
+    def table(self) -> Table:
+        """One row per layer and head: entropy, distance, weight on sinks, kind and its score.
+
+        Cost: one pass over each matrix, in O(n) memory.
+        """
+        return table_of(self.scene)
 
     @cached_property
     def html(self) -> str:

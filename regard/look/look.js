@@ -1,20 +1,5 @@
 // The page: one selection (layer, head, query i, key j) that every panel shows, and its controls.
 
-const raw = JSON.parse(element("data").textContent || "");
-/** @type {Map<number, any>} */
-const unpacked = new Map();
-const page = {
-  ...raw,
-  /** An array of the page by index, unpacked when first used. @param {number | null} index */
-  array(index) {
-    if (index === null) return null;
-    if (!unpacked.has(index)) unpacked.set(index, unpack(raw.arrays[index]));
-    return unpacked.get(index);
-  },
-};
-/** @type {Layer[]} */
-page.layers = raw.layers.map((layer) => openLayer(layer, page.array));
-
 /** The whole state of the page. corner: where the near view is; allKeys: of the worked table. */
 const state = {
   layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift",
@@ -62,6 +47,7 @@ function draw() {
   drawBar();
   markHead();
   drawMap();
+  drawKinds();
   drawTokens();
   if (passing) drawWorkedSoon();
   else drawWorked();

@@ -10,7 +10,10 @@ from regard.look.payload import payload
 from regard.look.scene import Scene
 
 # In this order: each file may use what the ones before it define.
-SCRIPTS = ("attend.js", "paint.js", "heads.js", "map.js", "tokens.js", "worked.js", "look.js")
+SCRIPTS = tuple(
+    f"{name}.js"
+    for name in "attend numbers paint kinds heads map tokens worked look".split()  # noqa: SIM905
+)
 
 # The page cannot reach a network even if it wanted to: everything not named here is refused.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

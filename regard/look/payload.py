@@ -12,17 +12,18 @@ import ctypes
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.errors import ShapeError
-from regard.form.looks import Pool, Statistics
+from regard.form.looks import Pool
+from regard.look import kinds, visible
 from regard.look.record import Captured
-from regard.look.scene import Scene
+from regard.look.scene import Scene, Tokens
+from regard.look.statistics import HeadStatistics, of_call
 from regard.matrix import Attention
 
 SINGLE_BYTES = 16 * 2**20  # up to here float32 travels, beyond it float16
@@ -70,7 +71,7 @@ def payload(scene: Scene) -> dict[str, Any]:
         rounded = _rounded(call, dtype)
         if dtype == torch.float16:
             worst = max(worst, _weight_error(call, rounded))
-        layers.append(_layer(call, rounded, dtype, scene.tokens.special, store))
+        layers.append(_layer(call, rounded, dtype, scene.tokens, store))
     tokens = scene.tokens
     return {
         "title": scene.title,
@@ -88,6 +89,8 @@ def payload(scene: Scene) -> dict[str, Any]:
             "travels": str(dtype).removeprefix("torch."),
             "weightError": worst if dtype == torch.float16 else None,
         },
+        "kinds": [asdict(kind) for kind in kinds.KINDS],
+        "aboveChance": kinds.ABOVE_CHANCE,
         "layers": layers,
         "arrays": store.arrays,
     }
@@ -175,12 +178,12 @@ def _weights(matrix: Attention, rows: slice) -> Tensor:
 
 
 def _layer(
-    call: Captured, rounded: Captured, dtype: torch.dtype, special: Sequence[bool], store: Store
+    call: Captured, rounded: Captured, dtype: torch.dtype, tokens: Tokens, store: Store
 ) -> dict[str, Any]:
     _, heads, n, d = call.query.shape
     kv_heads, m = call.key.shape[1:3]
     toeplitz, bias = _bias(rounded)
-    spans, bits = _visible(call)
+    spans, bits = visible.spans_or_bits(call)
     size = _plane_size(call) if _length(call) > POOLED_ABOVE else None
     found = call.matrix.statistics(pool=size)
     logsumexp = found.logsumexp if rounded is call else rounded.matrix.logsumexp()
@@ -211,7 +214,8 @@ def _layer(
         "bits": store.add(bits),
         "bias": kept(bias),
         "biasToeplitz": toeplitz,
-        "statistics": _statistics(call, found, special),
+        "received": store.add(found.received[0].float()),
+        "statistics": _statistics(of_call(call, tokens, found)),
         "planes": None if size is None else _planes(call, found.pool, size, store),
     }
 
@@ -230,67 +234,6 @@ def _bias(call: Captured) -> tuple[bool, Tensor | None]:
     return False, bias
 
 
-def _visible(call: Captured) -> tuple[Tensor | None, Tensor | None]:
-    """(spans, bits): [n, 2] first and last + 1 visible key per row, or packed bits, or neither."""
-    n, m = call.query.shape[2], call.key.shape[2]
-    if call.mask is None:
-        if not call.causal:
-            return None, None
-        stop = torch.arange(1, n + 1, dtype=torch.int32).clamp(max=m)
-        return torch.stack([torch.zeros_like(stop), stop], dim=-1), None
-    keep = _keep(call)
-    if keep.shape[0] == 1 or bool((keep == keep[:1]).all()):
-        only = keep[0].to(torch.uint8)
-        count = only.sum(-1, dtype=torch.int32)
-        first = only.argmax(-1).to(torch.int32)
-        stop = m - only.flip(-1).argmax(-1).to(torch.int32)
-        if bool(((stop - first == count) | (count == 0)).all()):
-            stop = torch.where(count == 0, first, stop)
-            return torch.stack([first, stop], dim=-1), None
-        keep = keep[:1]
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -m % 8))
-    powers = 2 ** torch.arange(8, dtype=torch.uint8)
-    return None, (padded.reshape(*padded.shape[:-1], -1, 8) * powers).sum(-1, dtype=torch.uint8)
-
-
-def _keep(call: Captured) -> Tensor:
-    """Mask and causal triangle together, boolean [1 or heads, n, m]; the call has a mask."""
-    assert call.mask is not None
-    n, m = call.query.shape[2], call.key.shape[2]
-    keep = call.mask[0].expand(call.mask.shape[1], n, m)
-    return keep & (torch.arange(m) <= torch.arange(n)[:, None]) if call.causal else keep
-
-
-def _statistics(
-    call: Captured, found: Statistics, special: Sequence[bool]
-) -> dict[str, list[float] | None]:
-    """Per head, averaged over the rows that see any key.
-
-    keys: exp(entropy), the effective number of keys;  distance: mean |i - j|
-    first: mass on key 0;  special: mass on the tokenizer's own tokens, or None without any
-    sink: mass on a learned sink that has no token, or None without one
-    """
-    rows = found.logsumexp[0].isfinite()  # [heads, n]
-    count = rows.sum(-1).clamp(min=1)
-
-    def mean(per_row: Tensor) -> list[float]:
-        kept = torch.where(rows, per_row, 0)
-        return [float(x) for x in kept.sum(-1) / count]
-
-    received = found.received[0]  # [heads, m]
-    marked = torch.tensor(list(special), dtype=torch.bool)
-    on_special = None
-    if marked.any() and len(marked) == received.shape[-1]:
-        on_special = [float(x) for x in received[:, marked].sum(-1) / count]
-    return {
-        "keys": mean(found.entropy[0].exp()),
-        "distance": mean(found.distance[0]),
-        "first": [float(x) for x in received[:, 0] / count],
-        "special": on_special,
-        "sink": None if call.sinks is None else [float(x) for x in 1 - received.sum(-1) / count],
-    }
-
-
 def _plane_size(call: Captured) -> int:
     """The side of a plane's blocks."""
     return 8 * math.ceil(_length(call) / _PLANE_CELLS / 8)
@@ -302,7 +245,7 @@ def _planes(call: Captured, pool: Pool | None, size: int, store: Store) -> dict[
     float16 keeps three digits of a mean; weights below 6e-8 become 0, a lift of 2e-4 at 4096.
     """
     assert pool is not None
-    share = _visible_share(call, size)  # [1 or heads, rows, columns]
+    share = visible.share(call, size)  # [1 or heads, rows, columns]
     mean = pool.mean[0] / share
     largest = torch.where(share > 0, pool.max[0], torch.nan)
     return {
@@ -314,22 +257,15 @@ def _planes(call: Captured, pool: Pool | None, size: int, store: Store) -> dict[
     }
 
 
-def _visible_share(call: Captured, size: int) -> Tensor:
-    """The share of each block's cells that the mask lets be seen."""
-    n, m = call.query.shape[2], call.key.shape[2]
-    starts = torch.arange(0, m, size)
-    stops: Tensor = (starts + size).clamp(max=m)
-    spans, bits = _visible(call)
-    if bits is not None:
-        sums = torch.nn.functional.pad(_keep(call).int().cumsum(-1), (1, 0))
-        seen = sums[..., stops] - sums[..., starts]  # [1 or heads, n, columns]
-    elif spans is None:
-        return torch.ones(1, math.ceil(n / size), len(starts))
-    else:
-        first, stop = spans[:, :1], spans[:, 1:]
-        seen = (torch.minimum(stop, stops) - torch.maximum(first, starts)).clamp(min=0)[None]
-    rows = torch.nn.functional.pad(seen.float(), (0, 0, 0, -n % size))
-    total = rows.reshape(rows.shape[0], -1, size, rows.shape[-1]).sum(2)
-    heights = torch.full((total.shape[1], 1), float(size))
-    heights[-1] = n - size * (total.shape[1] - 1)
-    return total / (heights * (stops - starts))
+def _statistics(found: HeadStatistics) -> dict[str, Any]:
+    """Lists of one number per head; None where a call has no such number."""
+    numbers = {
+        name: None if tensor is None else tensor.tolist()
+        for name, tensor in vars(found).items()
+        if tensor is None or isinstance(tensor, Tensor)
+    }
+    scores = {
+        x.kind.name: {"score": x.score.tolist(), "chance": x.chance.tolist(), "queries": x.queries}
+        for x in found.scores
+    }
+    return {**numbers, "kinds": found.kinds, "scores": scores}

@@ -176,3 +176,25 @@ def four_axes(tensor: Tensor) -> Tensor:
 def kept(tensor: Tensor) -> Tensor:
     """A copy of its own: a view into a fused qkv would keep three times its size alive."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def pair_weights(call: Captured, logsumexp: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The weights of single pairs, whatever the mask says: [heads, pairs] in float32.
+
+    logsumexp: [heads, n];  i, j: [pairs]
+    Cost: pairs x d products per head, in pieces of at most 2**22 numbers.
+    """
+    heads, n, d = call.query.shape[1:]
+    m = call.key.shape[2]
+    step = max(1, 2**22 // (heads * d))
+    parts = []
+    for at in range(0, len(i), step):
+        rows, columns = i[at : at + step], j[at : at + step]
+        key = call.key[0, :, columns].repeat_interleave(heads // call.key.shape[1], 0)
+        logits = (call.query[0, :, rows] * key).sum(-1) * call.scale
+        if call.softcap:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        if call.bias is not None:
+            logits = logits + call.bias[0].expand(call.bias.shape[1], n, m)[:, rows, columns]
+        parts.append((logits - logsumexp[:, rows]).exp())
+    return torch.cat(parts, -1) if parts else torch.zeros(heads, 0)

@@ -11,7 +11,7 @@ function drawTokens() {
     title: `Sent: query ${tokenName(i, layer.n)} attends to`,
     pick: (at) => select({ j: at, pinned: true }),
     pair: (at) => pairWords(layer, head, i, at),
-    rest: layer.sinks ? sinkWords(layer, head, i) : "",
+    rest: `${rowSinkShare(layer, row)} ${layer.sinks ? sinkWords(layer, head, i) : ""}`,
   };
   const column = columnWeights(layer, head, j);
   const received = {
