@@ -6,6 +6,7 @@ import base64
 import html as escape
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,15 +53,17 @@ def html(matrix: Attention) -> str:
     )
 
 
-def png(shade: Tensor) -> str:
-    """A [rows, columns] tensor in [0, 1] as a base64 PNG on the blue ramp."""
-    place = shade.cpu().float() * (len(RAMP) - 1)
-    low = place.floor().clamp(max=len(RAMP) - 2).long()
-    ramp = torch.tensor(RAMP, dtype=torch.float32)
-    colours = torch.lerp(ramp[low], ramp[low + 1], (place - low)[..., None]).round().byte()
+def png(shade: Tensor, ramp: Sequence[Sequence[int]] = RAMP) -> str:
+    """A [rows, columns] tensor in [0, 1] as a base64 PNG on a ramp of colours; NaN is clear."""
+    clear = shade.cpu().isnan()
+    place = shade.cpu().float().nan_to_num() * (len(ramp) - 1)
+    low = place.floor().clamp(max=len(ramp) - 2).long()
+    stops = torch.tensor(ramp, dtype=torch.float32)
+    colours = torch.lerp(stops[low], stops[low + 1], (place - low)[..., None]).round().byte()
+    colours = torch.cat([colours, 255 * (~clear[..., None]).byte()], -1)
     rows, columns = shade.shape
     lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in colours)
-    header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 6, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -1,5 +1,6 @@
 """A page in a real browser, and what its reader sees and does there."""
 
+import csv
 import json
 import shutil
 import time
@@ -100,3 +101,27 @@ class Reader:
         # What the browser's own start page asks for is none of ours.
         asked = {url for url in asked if not url.startswith(("chrome:", "data:", "about:"))}
         assert asked == {self.url}
+
+    def save_into(self, folder):
+        """Let the page's buttons save into a folder."""
+        self.folder = folder
+        allow = {"behavior": "allow", "downloadPath": str(folder)}
+        self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allow)
+
+    def saved(self, panel, kind):
+        """What the button of a panel saves: rows of a CSV, text of an SVG, bytes of a PNG."""
+        before = set(self.folder.iterdir())
+        self.run(
+            "document.querySelectorAll('.save[data-panel=' + arguments[0] + '] button')"
+            "[['svg', 'png', 'csv'].indexOf(arguments[1])].click()",
+            panel,
+            kind,
+        )
+        self.until(lambda: {p for p in self.folder.iterdir() if p.suffix == f".{kind}"} - before)
+        (path,) = set(self.folder.iterdir()) - before
+        assert path.name.startswith(f"regard-{panel}")
+        data = path.read_bytes()
+        path.unlink()
+        if kind == "csv":
+            return list(csv.reader(data.decode().splitlines()))
+        return data.decode() if kind == "svg" else data

@@ -59,9 +59,7 @@ def test_heads_in_the_order_of_their_kinds(page, sentence):
         ".map((x) => [Number(x.dataset.layer), Number(x.dataset.head)])"
     )
     rows = {(row.layer, row.head): row for row in sentence[0].table()}
-    order = [
-        ["induction", "duplicate", "previous", "next", "current", "sink", "local", "broad", "none"]
-    ][0]
+    order = [*(kind.name for kind in kinds.KINDS), "none"]
     ranks = [(order.index(rows[*at].kind), -(rows[*at].score or 0)) for at in shown]
     assert ranks == sorted(ranks)
     assert len(shown) == 72

@@ -21,6 +21,7 @@ from torch import nn
 
 from regard.errors import DtypeError, ShapeError
 from regard.look.capture import capture
+from regard.look.figure import Figure, FigureError, figure_of, spot_of
 from regard.look.page import page_of
 from regard.look.record import Captured, CaptureError
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
@@ -31,6 +32,8 @@ from regard.matrix import Attention
 __all__ = [
     "CaptureError",
     "Captured",
+    "Figure",
+    "FigureError",
     "HeadRow",
     "Look",
     "SourceError",
@@ -57,11 +60,7 @@ class Look:
         Raises ShapeError naming the layers there are. A name that was called several times means
         its last call; `captured` has them all.
         """
-        for call in reversed(self.captured):
-            if layer in (call.number, call.name):
-                return call.matrix
-        known = ", ".join(f"{call.number} {call.name!r}" for call in self.captured)
-        raise ShapeError(f"there is no layer {layer!r} here; there are {known}")
+        return spot_of(self.scene, layer, 0, 0, 0).call.matrix
 
     def table(self) -> Table:
         """One row per layer and head: entropy, distance, weight on sinks, kind and its score.
@@ -69,6 +68,31 @@ class Look:
         Cost: one pass over each matrix, in O(n) memory.
         """
         return table_of(self.scene)
+
+    def figure(
+        self,
+        panel: str = "map",
+        *,
+        layer: int | str = 0,
+        head: int = 0,
+        query: int = 0,
+        key: int = 0,
+        scale: str = "lift",
+    ) -> Figure:
+        """One panel of the page, drawn without a browser: an SVG with a colour bar, and a CSV.
+
+        panel: "heads", every head; "map", one head; "sent", one row; "received", one column
+        layer: its number or its module's name
+        scale: "lift", weight times the number of visible keys, in logs; or "weight"
+        Raises FigureError for another panel or scale, ShapeError for what is out of range.
+
+        >>> import torch
+        >>> seen = look({"query": torch.zeros(2, 5, 8), "key": torch.zeros(2, 5, 8)})
+        >>> seen.figure("sent", head=1, query=3).csv().splitlines()[:2]
+        ['key,token,weight,lift', '0,#0,0.20000000298023224,1.0']
+        """
+        spot = spot_of(self.scene, layer, head, query, key)
+        return figure_of(self.scene, panel, spot, scale)
 
     @cached_property
     def html(self) -> str:

@@ -2,13 +2,15 @@
 
 /**
  * One attention call. Arrays are flat, row-major: query [heads, n, d], key [kvHeads, m, d],
- * value [kvHeads, m, e], output [heads, n, e], logsumexp [heads, n].
+ * value [kvHeads, m, e], output [heads, n, e], logsumexp [heads, n]; received [heads, m] is the sum
+ * over the queries, moved [heads, n] is sum_j alpha_ij |v_j|.
  * @typedef {{name: string, route: string, heads: number, kvHeads: number, n: number, m: number,
  *   d: number, e: number, scale: number, softcap: number | null, causal: boolean,
  *   query: Float32Array, key: Float32Array, value: Float32Array | null,
  *   output: Float32Array | null, logsumexp: Float32Array, sinks: Float32Array | null,
  *   spans: Int32Array | null, bits: Uint8Array | null, bias: Float32Array | null,
- *   biasToeplitz: boolean, statistics: Object<string, number[] | null>, planes: any}} Layer
+ *   biasToeplitz: boolean, received: Float32Array, moved: Float32Array | null,
+ *   statistics: any, planes: any, counts: Int32Array[], norms: Float64Array[]}} Layer
  * Weights in blocks of size x size cells; NaN where every cell of a block is masked.
  * @typedef {{size: number, rows: number, columns: number, weight: Float32Array,
  *   lift: Float32Array}} Plane
@@ -48,7 +50,9 @@ fromHalf.table = null;
 function openLayer(raw, array) {
   const layer = { ...raw };
   for (const name of ["query", "key", "value", "output", "logsumexp", "sinks", "spans", "bits",
-    "bias"]) layer[name] = array(raw[name]);
+    "bias", "received", "moved"]) layer[name] = array(raw[name]);
+  layer.counts = [];
+  layer.norms = [];
   return layer;
 }
 
@@ -67,13 +71,44 @@ function isVisible(layer, head, i, j) {
   return Boolean((layer.bits[at] >> (j & 7)) & 1);
 }
 
-/** How many keys a query may see. @param {Layer} layer @param {number} head @param {number} i */
-function visibleKeys(layer, head, i) {
-  if (layer.spans) return layer.spans[2 * i + 1] - layer.spans[2 * i];
-  if (!layer.bits) return layer.m;
-  let count = 0;
-  for (let j = 0; j < layer.m; j++) if (isVisible(layer, head, i, j)) count++;
-  return count;
+/** How many keys each query may see, counted once per layer and head.
+ * @param {Layer} layer @param {number} head @returns {Int32Array} */
+function visibleCounts(layer, head) {
+  const shared = !layer.bits || layer.bits.length === layer.n * Math.ceil(layer.m / 8);
+  const at = shared ? 0 : head;
+  layer.counts[at] ||= Int32Array.from({ length: layer.n }, (_, i) => {
+    if (layer.spans) return layer.spans[2 * i + 1] - layer.spans[2 * i];
+    if (!layer.bits) return layer.m;
+    let count = 0;
+    for (let j = 0; j < layer.m; j++) if (isVisible(layer, head, i, j)) count++;
+    return count;
+  });
+  return layer.counts[at];
+}
+/** @param {Layer} layer @param {number} head @param {number} i */
+function visibleKeys(layer, head, i) { return visibleCounts(layer, head)[i]; }
+
+/** |v_j| of every key that a head reads, measured once. @param {Layer} layer
+ * @param {number} head @returns {Float64Array} */
+function valueNorms(layer, head) {
+  const at = keyHead(layer, head), values = layer.value;
+  if (!values) throw new Error("this layer has no value");
+  layer.norms[at] ||= Float64Array.from({ length: layer.m }, (_, j) => {
+    let sum = 0;
+    for (const x of vector(values, at, layer.m, layer.e, j)) sum += x * x;
+    return Math.sqrt(sum);
+  });
+  return layer.norms[at];
+}
+
+/** What a pair counts for: its weight, or in the view of values its part of sum_j alpha_ij |v_j|.
+ * @param {Layer} layer @param {number} head @param {number} i @param {number} j
+ * @param {boolean} ofValues */
+function partAt(layer, head, i, j, ofValues) {
+  const weight = weightAt(layer, head, i, j);
+  if (!ofValues || !layer.moved) return weight;
+  const moved = layer.moved[head * layer.n + i];
+  return moved > 0 ? weight * valueNorms(layer, head)[j] / moved : weight;
 }
 
 /** q_i . k_j @param {Layer} layer @param {number} head @param {number} i @param {number} j */
@@ -106,74 +141,14 @@ function weightAt(layer, head, i, j) {
   return Math.exp(logit - layer.logsumexp[head * layer.n + i]);
 }
 
-/** @param {Layer} layer @param {number} head @param {number} i */
-function rowWeights(layer, head, i) {
-  return Float64Array.from({ length: layer.m }, (_, j) => weightAt(layer, head, i, j));
+/** @param {Layer} layer @param {number} head @param {number} i @param {boolean} ofValues */
+function rowWeights(layer, head, i, ofValues = false) {
+  return Float64Array.from({ length: layer.m }, (_, j) => partAt(layer, head, i, j, ofValues));
 }
 
-/** @param {Layer} layer @param {number} head @param {number} j */
-function columnWeights(layer, head, j) {
-  return Float64Array.from({ length: layer.n }, (_, i) => weightAt(layer, head, i, j));
-}
-
-/** Exact cells of a window of the map. @param {Layer} layer @param {number} head
- * @param {{top: number, left: number, rows: number, columns: number}} window @returns {Plane} */
-function cells(layer, head, { top, left, rows, columns }) {
-  const weight = new Float32Array(rows * columns), lift = new Float32Array(rows * columns);
-  for (let r = 0, at = 0; r < rows; r++) {
-    const count = visibleKeys(layer, head, top + r);
-    for (let c = 0; c < columns; c++, at++) {
-      weight[at] = weightAt(layer, head, top + r, left + c);
-      lift[at] = weight[at] * count;
-    }
-  }
-  return { size: 1, rows, columns, weight, lift };
-}
-
-/** Pool exact cells into blocks; a mean is over the visible cells of its block.
- * @param {Plane} plane @param {number} size @param {"mean" | "max"} which @returns {Plane} */
-function pool(plane, size, which) {
-  if (size === 1) return plane;
-  const rows = Math.ceil(plane.rows / size), columns = Math.ceil(plane.columns / size);
-  const weight = new Float32Array(rows * columns), lift = new Float32Array(rows * columns);
-  const seen = new Uint32Array(rows * columns);
-  for (let r = 0, at = 0; r < plane.rows; r++) {
-    for (let c = 0; c < plane.columns; c++, at++) {
-      if (Number.isNaN(plane.weight[at])) continue;
-      const block = Math.floor(r / size) * columns + Math.floor(c / size);
-      seen[block]++;
-      if (which === "max") {
-        weight[block] = Math.max(weight[block], plane.weight[at]);
-        lift[block] = Math.max(lift[block], plane.lift[at]);
-      } else {
-        weight[block] += plane.weight[at];
-        lift[block] += plane.lift[at];
-      }
-    }
-  }
-  for (let block = 0; block < seen.length; block++) {
-    const share = which === "max" ? Math.min(seen[block], 1) : seen[block];
-    weight[block] /= share;
-    lift[block] /= share;
-  }
-  return { size, rows, columns, weight, lift };
-}
-
-/** A plane that Python pooled; lift = weight x the mean number of keys its rows may see.
- * @param {Layer} layer @param {number} head @param {"mean" | "max"} which
- * @param {(index: number) => Float32Array} array @returns {Plane} */
-function bakedPlane(layer, head, which, array) {
-  const { size, rows, columns } = layer.planes, all = array(layer.planes[which]);
-  const weight = all.subarray(head * rows * columns, (head + 1) * rows * columns);
-  const lift = new Float32Array(weight.length);
-  for (let r = 0; r < rows; r++) {
-    const end = Math.min((r + 1) * size, layer.n);
-    let keys = 0;
-    for (let i = r * size; i < end; i++) keys += visibleKeys(layer, head, i);
-    keys /= end - r * size;
-    for (let c = 0; c < columns; c++) lift[r * columns + c] = weight[r * columns + c] * keys;
-  }
-  return { size, rows, columns, weight, lift };
+/** @param {Layer} layer @param {number} head @param {number} j @param {boolean} ofValues */
+function columnWeights(layer, head, j, ofValues = false) {
+  return Float64Array.from({ length: layer.n }, (_, i) => partAt(layer, head, i, j, ofValues));
 }
 
 /**

@@ -130,10 +130,11 @@ const thumbSize = { size: 0, ratio: 0 };
 function thumbPlane(l, h) {
   const known = thumbs.get(`${l} ${h}`);
   if (known) return known;
-  const layer = page.layers[l];
-  const whole = layer.planes ? bakedPlane(layer, h, "mean", page.array)
-    : cells(layer, h, { top: 0, left: 0, rows: layer.n, columns: layer.m });
-  const plane = pool(whole, Math.ceil(Math.max(whole.rows, whole.columns) / THUMB), "mean");
+  const layer = page.layers[l], longest = Math.max(layer.n, layer.m);
+  const all = { top: 0, left: 0, rows: layer.n, columns: layer.m };
+  const baked = layer.planes && bakedPlane(layer, h, "mean", page.array);
+  const plane = baked ? pool(baked, Math.ceil(Math.max(baked.rows, baked.columns) / THUMB))
+    : blocks(layer, h, false, all, Math.ceil(longest / THUMB)).mean;
   thumbs.set(`${l} ${h}`, plane);
   return plane;
 }

@@ -8,7 +8,7 @@ function kindOf(layer, head) { return layer.statistics.kinds[head]; }
 
 /** A kind as a word with its colour; the colour alone says nothing. @param {string} kind */
 function kindChip(kind) {
-  const chip = make("span", { className: "kind", textContent: kind });
+  const chip = make("span", { className: "kind" }, make("i"), kind);
   chip.dataset.kind = kind;
   return chip;
 }

@@ -1,9 +1,10 @@
 // The page: one selection (layer, head, query i, key j) that every panel shows, and its controls.
 
-/** The whole state of the page. corner: where the near view is; allKeys: of the worked table. */
+/** The whole state of the page. view: what a zoomed map shows; plane: which pooled cells show;
+ * allKeys: of the worked table. */
 const state = {
-  layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift",
-  /** @type {{top: number, left: number} | null} */ corner: null, allKeys: false,
+  layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift", plane: "mean",
+  /** @type {View | null} */ view: null, allKeys: false,
 };
 
 // log2(lift) from 1/16 of uniform to the largest lift that the longest row allows, at most 256.
@@ -39,6 +40,7 @@ function select(change, hover = false) {
   state.head = clamp(state.head, layer.heads);
   state.i = clamp(state.i, layer.n);
   state.j = clamp(state.j, layer.m);
+  if ("i" in change || "j" in change || "layer" in change) follow();
   if (!waiting) requestAnimationFrame(() => { waiting = false; draw(); });
   waiting = true;
 }
@@ -52,7 +54,7 @@ function draw() {
   if (passing) drawWorkedSoon();
   else drawWorked();
   writeHash();
-  document.body.dataset.state = JSON.stringify({ ...state, corner: undefined });
+  document.body.dataset.state = JSON.stringify(state);
 }
 
 function drawBar() {
@@ -84,8 +86,8 @@ function drawLegend() {
     context.fillStyle = css(rampColour(x / (width - 1)));
     context.fillRect(x, 0, 1, 12);
   }
-  const middle = state.scale === "lift" ? -low / (high - low) : 0.5;
-  const words = state.scale === "lift" ? ["≤ 1/16", "uniform", `≥ ${2 ** high}× uniform`]
+  const middle = state.scale !== "weight" ? -low / (high - low) : 0.5;
+  const words = state.scale !== "weight" ? ["≤ 1/16", "uniform", `≥ ${2 ** high}× uniform`]
     : ["weight 0", "0.5", "1"];
   const labels = words.map((textContent, at) => {
     const label = make("span", { textContent });
@@ -138,8 +140,10 @@ function writeHash() {
   // has no address of its own.
   if (location.protocol === "about:") return;
   writeHash.timer = setTimeout(() => {
-    const { layer, head, i, j, pinned, scale } = state;
-    const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`;
+    const { layer, head, i, j, pinned, scale, view, plane } = state;
+    const zoomed = view ? `&top=${view.top}&left=${view.left}&span=${view.span}` : "";
+    const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`
+      + (plane === "max" ? "&plane=max" : "") + zoomed;
     if (location.hash !== hash) history.replaceState(null, "", hash);
   }, 200);
 }
@@ -152,7 +156,11 @@ function readHash() {
     if (given.has(name)) state[name] = Number(given.get(name));
   }
   state.pinned = given.get("pin") === "1";
-  state.scale = given.get("scale") === "weight" ? "weight" : "lift";
+  const scale = given.get("scale") || "";
+  state.scale = ["weight", "value"].includes(scale) ? scale : "lift";
+  state.plane = given.get("plane") === "max" ? "max" : "mean";
+  const [top, left, span] = ["top", "left", "span"].map((name) => Number(given.get(name)));
+  state.view = span > 0 ? { top: top || 0, left: left || 0, span } : null;
   const radio = document.querySelector(`input[name="scale"][value="${state.scale}"]`);
   if (radio instanceof HTMLInputElement) radio.checked = true;
 }
@@ -186,16 +194,31 @@ const STEPS = {
   p: () => ({ pinned: !state.pinned }), Enter: () => ({ pinned: true }),
   Escape: () => ({ pinned: false }),
 };
+/** Keys that act at once instead of changing the selection. */
+const ACTS = {
+  "+": () => element("zoom-in").click(), "=": () => element("zoom-in").click(),
+  "-": () => element("zoom-out").click(), "0": () => element("zoom-whole").click(),
+  "1": () => element("zoom-cells").click(), e: focusSaving,
+};
+
+/** Put the focus on the buttons that save the panel at hand, the map's if none is. */
+function focusSaving() {
+  const section = document.activeElement?.closest("section, .halves > div");
+  const box = section?.querySelector(".save") || document.querySelector('.save[data-panel="map"]');
+  /** @type {HTMLElement | null} */ (box && box.querySelector("button"))?.focus();
+}
 
 /** @param {KeyboardEvent} event */
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in STEPS)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!(event.key in STEPS) && !(event.key in ACTS)) return;
   const target = /** @type {HTMLElement} */ (event.target);
   if (event.key !== "Escape" && target.matches("input, select, summary")) return;
   if (event.key === "Enter" && target.matches("button, a")) return;
   event.preventDefault();
   hideTip();
-  select(STEPS[/** @type {keyof typeof STEPS} */ (event.key)]());
+  if (event.key in ACTS) ACTS[/** @type {keyof typeof ACTS} */ (event.key)]();
+  else select(STEPS[/** @type {keyof typeof STEPS} */ (event.key)]());
 }
 
 /** A handler that runs once things have been quiet for a moment. @param {() => void} action */
@@ -233,14 +256,16 @@ function start() {
       repaint();
     });
   }
+  element("scale-value").hidden = !page.layers.some((layer) => layer.moved);
   addEventListener("keydown", onKey);
-  addEventListener("hashchange", () => { readHash(); select({}); });
+  addEventListener("hashchange", () => { readHash(); select({ layer: state.layer }); });
   dark.addEventListener("change", () => { tone = dark.matches ? "dark" : "light"; repaint(); });
   drawLegend();
   buildHeads();
   buildMap();
   buildWorked();
-  select({});
+  buildSaving();
+  select({ layer: state.layer });
 }
 
 start();

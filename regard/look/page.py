@@ -10,9 +10,19 @@ from regard.look.payload import payload
 from regard.look.scene import Scene
 
 # In this order: each file may use what the ones before it define.
-SCRIPTS = tuple(
-    f"{name}.js"
-    for name in "attend numbers paint kinds heads map tokens worked look".split()  # noqa: SIM905
+SCRIPTS = (
+    "attend.js",
+    "tiles.js",
+    "numbers.js",
+    "paint.js",
+    "kinds.js",
+    "heads.js",
+    "map.js",
+    "tokens.js",
+    "worked.js",
+    "figure.js",
+    "panels.js",
+    "look.js",
 )
 
 # The page cannot reach a network even if it wanted to: everything not named here is refused.

@@ -214,10 +214,19 @@ def _layer(
         "bits": store.add(bits),
         "bias": kept(bias),
         "biasToeplitz": toeplitz,
-        "received": store.add(found.received[0].float()),
+        "received": kept(found.received[0]),
+        "moved": kept(_moved(rounded)),
         "statistics": _statistics(of_call(call, tokens, found)),
         "planes": None if size is None else _planes(call, found.pool, size, store),
     }
+
+
+def _moved(call: Captured) -> Tensor | None:
+    """sum_j alpha_ij |v_j|, [heads, n]: what the view of values divides by."""
+    if call.value is None:
+        return None
+    found: Tensor = call.matrix @ call.value.norm(dim=-1, keepdim=True)
+    return found[0, ..., 0]
 
 
 def _bias(call: Captured) -> tuple[bool, Tensor | None]:

@@ -5,19 +5,20 @@ const TEXT_AROUND = 150;  // tokens of text shown on each side of the selection
 
 function drawTokens() {
   const layer = page.layers[state.layer], { head, i, j } = state;
-  const row = rowWeights(layer, head, i), keys = visibleKeys(layer, head, i);
+  const ofValues = state.scale === "value" && Boolean(layer.moved);
+  const row = rowWeights(layer, head, i, ofValues), keys = visibleKeys(layer, head, i);
   const sent = {
     weights: row, lifts: row.map((weight) => weight * keys), length: layer.m, chosen: j,
-    title: `Sent: query ${tokenName(i, layer.n)} attends to`,
+    title: `Sent: query ${tokenName(i, layer.n)} ${ofValues ? "moves by α |v| of" : "attends to"}`,
     pick: (at) => select({ j: at, pinned: true }),
     pair: (at) => pairWords(layer, head, i, at),
     rest: `${rowSinkShare(layer, row)} ${layer.sinks ? sinkWords(layer, head, i) : ""}`,
   };
-  const column = columnWeights(layer, head, j);
+  const column = columnWeights(layer, head, j, ofValues);
   const received = {
     weights: column, length: layer.n, chosen: i, rest: "",
     lifts: column.map((weight, at) => weight * visibleKeys(layer, head, at)),
-    title: `Received: key ${tokenName(j, layer.m)} is attended to by`,
+    title: `Received: key ${tokenName(j, layer.m)} ${ofValues ? "moves" : "is attended to by"}`,
     pick: (at) => select({ i: at, pinned: true }),
     pair: (at) => pairWords(layer, head, at, j),
   };
