@@ -223,7 +223,8 @@ def test_the_page_asks_for_nothing(minilm, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert "default-src 'none'" in text
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    code = text.replace(data[1], "")
+    # The name of SVG's elements has the form of an address; browsers do not ask for it.
+    code = text.replace(data[1], "").replace('"http://www.w3.org/2000/svg"', "")
     for way_out in ("http:", "https:", "//cdn", "@import", "fetch(", "XMLHttpRequest", "import("):
         assert way_out not in code
     assert re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"", code) == []

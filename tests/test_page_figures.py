@@ -10,7 +10,7 @@ from reader import Reader
 from regard.look import look
 
 NAME = "{http://www.w3.org/2000/svg}"
-PANELS = ("heads", "map", "kinds", "sent", "received", "worked")
+PANELS = ("heads", "map", "kinds", "sent", "received", "arcs", "totals", "worked")
 HOSTILE = ["</text><script>alert(1)</script>", "a & b", "\x01\x07", '"x, y"', "<img src=x>", "ок"]
 
 

@@ -5,6 +5,7 @@
 const state = {
   layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift", plane: "mean",
   /** @type {View | null} */ view: null, allKeys: false,
+  /** @type {any} */ arcs: { share: 50, each: true, sinks: false },
 };
 
 // log2(lift) from 1/16 of uniform to the largest lift that the longest row allows, at most 256.
@@ -51,8 +52,8 @@ function draw() {
   drawMap();
   drawKinds();
   drawTokens();
-  if (passing) drawWorkedSoon();
-  else drawWorked();
+  if (passing) drawRestSoon();
+  else drawRest();
   writeHash();
   document.body.dataset.state = JSON.stringify(state);
 }
@@ -140,10 +141,12 @@ function writeHash() {
   // has no address of its own.
   if (location.protocol === "about:") return;
   writeHash.timer = setTimeout(() => {
-    const { layer, head, i, j, pinned, scale, view, plane } = state;
+    const { layer, head, i, j, pinned, scale, view, plane, arcs } = state;
+    const edges = `${arcs.share}${arcs.each ? "" : ",all"}${arcs.sinks ? ",nosinks" : ""}`;
     const zoomed = view ? `&top=${view.top}&left=${view.left}&span=${view.span}` : "";
     const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`
-      + (plane === "max" ? "&plane=max" : "") + zoomed;
+      + (plane === "max" ? "&plane=max" : "") + zoomed
+      + (edges === "50" ? "" : `&arcs=${edges}`);
     if (location.hash !== hash) history.replaceState(null, "", hash);
   }, 200);
 }
@@ -158,6 +161,9 @@ function readHash() {
   state.pinned = given.get("pin") === "1";
   const scale = given.get("scale") || "";
   state.scale = ["weight", "value"].includes(scale) ? scale : "lift";
+  const [edges, ...options] = (given.get("arcs") || "50").split(",");
+  Object.assign(state.arcs, { share: Math.max(5, Math.min(95, Number(edges) || 50)),
+    each: !options.includes("all"), sinks: options.includes("nosinks") });
   state.plane = given.get("plane") === "max" ? "max" : "mean";
   const [top, left, span] = ["top", "left", "span"].map((name) => Number(given.get(name)));
   state.view = span > 0 ? { top: top || 0, left: left || 0, span } : null;
@@ -199,6 +205,7 @@ const ACTS = {
   "+": () => element("zoom-in").click(), "=": () => element("zoom-in").click(),
   "-": () => element("zoom-out").click(), "0": () => element("zoom-whole").click(),
   "1": () => element("zoom-cells").click(), e: focusSaving,
+  "/": () => element("find").focus(),
 };
 
 /** Put the focus on the buttons that save the panel at hand, the map's if none is. */
@@ -227,7 +234,13 @@ function soon(action) {
   return () => { clearTimeout(timer); timer = setTimeout(action, 120); };
 }
 
-const drawWorkedSoon = soon(drawWorked);
+/** What takes longer than a passing pointer should wait for. */
+function drawRest() {
+  drawTotals();
+  drawArcs();
+  drawWorked();
+}
+const drawRestSoon = soon(drawRest);
 
 function repaint() {
   drawLegend();
@@ -264,7 +277,10 @@ function start() {
   buildHeads();
   buildMap();
   buildWorked();
+  buildArcs();
   buildSaving();
+  buildHighlight();
+  buildFind();
   select({ layer: state.layer });
 }
 

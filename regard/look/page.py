@@ -21,6 +21,8 @@ SCRIPTS = (
     "tokens.js",
     "worked.js",
     "figure.js",
+    "arcs.js",
+    "hover.js",
     "panels.js",
     "look.js",
 )

@@ -83,6 +83,21 @@ const PANELS = {
   received: { words: "who attends to the key", bar: true,
     body: () => traced(element("received")), title: () => headOf("One column"),
     rows: () => sideRows("received") },
+  arcs: { words: "the strongest edges", bar: false, body: () => {
+    const picture = /** @type {SVGSVGElement} */ (element("arcs").firstElementChild);
+    return { nodes: [...picture.cloneNode(true).childNodes].map((node) =>
+      /** @type {Element} */ (node)), width: Number(picture.getAttribute("width")),
+      height: Number(picture.getAttribute("height")) };
+  }, title: () => [...headOf("Strongest edges"), element("arcs-hint").textContent || ""],
+  rows: () => [["query", "query_token", "key", "key_token", "weight"],
+    ...drawArcs.edges.map(({ i, j, weight }) => [i, tokenLabel(i, page.layers[state.layer].n), j,
+      tokenLabel(j, page.layers[state.layer].m), weight])] },
+  totals: { words: "what each key receives", bar: true, body: () => traced(element("totals")),
+    title: () => headOf("Received in all"), rows: () => {
+      const layer = page.layers[state.layer], { head } = state, even = evenReceived(layer, head);
+      return [["key", "token", "received", "even_share"], ...Array.from(even, (x, j) =>
+        [j, tokenLabel(j, layer.m), layer.received[head * layer.m + j], x])];
+    } },
   worked: { words: "the worked output", bar: false, rows: workedRows,
     body: () => traced(element("worked")),
     title: () => [...headOf("One output, worked"), `query ${tokenName(state.i,
