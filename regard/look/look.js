@@ -110,7 +110,7 @@ function writeHeader() {
   const shown = tokens.labels.length || first.m;
   const facts = [`${layers.length} ${layers.length === 1 ? "layer" : "layers"} × ${heads} heads`,
     shown < tokens.total ? `${shown} of ${tokens.total} tokens` : `${shown} tokens`,
-    `${first.d} numbers per query and key`];
+    first.d ? `${first.d} numbers per query and key` : "no queries or keys, positions alone"];
   if (pooling) facts.push(`the model’s sentence vector is ${pooling}`);
   element("facts").textContent = facts.join(" · ");
   element("proof").textContent = change === null ? "No model ran here: these are arrays."

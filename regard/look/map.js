@@ -267,6 +267,7 @@ function mapHint(layer, plane) {
 const ROUTES = {
   interface: "read where the model asks for its attention function",
   sdpa: "read at scaled_dot_product_attention", arrays: "from arrays",
+  regard: "read at a product with a matrix of regard’s",
 };
 
 /** The widest label in pixels, within reason. @param {Layer} layer */

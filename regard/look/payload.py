@@ -140,7 +140,7 @@ def _rounded(call: Captured, dtype: torch.dtype) -> Captured:
     """The call with the numbers that travel, so that the page's rows sum to 1 exactly."""
     if dtype == torch.float32:
         return call
-    largest = max(float(tensor.abs().max()) for tensor in _travelling(call))
+    largest = max(float(x.abs().max()) for x in _travelling(call) if x.numel())
     if largest > torch.finfo(dtype).max:
         raise ShapeError(
             f"layer '{call.name}' holds {largest:g}, which float16 cannot; look at fewer tokens "
@@ -203,6 +203,7 @@ def _layer(
         "e": 0 if call.value is None else call.value.shape[-1],
         "scale": call.scale,
         "softcap": call.softcap,
+        "formula": call.formula,
         "causal": call.causal,
         "query": kept(call.query),
         "key": kept(call.key),

@@ -42,7 +42,7 @@ class Captured:
 
     name: the module's name inside the model
     number: its place among all attention calls of the model, counted from 0
-    route: "interface", "sdpa" or "arrays"; how it was read
+    route: "interface", "sdpa", "regard" or "arrays"; how it was read
     query: [batch, heads, n, d];  key: [batch, kv_heads, m, d], head h reads key head
         h // (heads // kv_heads);  value: [batch, kv_heads, m, e] or None
     mask: boolean, broadcasts to [batch, heads, n, m], True = may attend; None = all visible
@@ -52,6 +52,9 @@ class Captured:
     sinks: [heads], one logit per head that has no key and no value, or None
     output: [batch, heads, n, e], what the model itself computed, before its output projection;
         None where the model never held it as one tensor
+    formula: of a matrix of regard's: the score whose logits are in `bias`, if it is no scaled dot
+        product, or the normalizer, if it is not softmax
+    given: of a matrix of regard's under another normalizer than softmax: itself
     """
 
     name: str
@@ -67,10 +70,14 @@ class Captured:
     softcap: float | None = None
     output: Tensor | None = None
     number: int = 0
+    formula: str = ""
+    given: Attention | None = None
 
     @property
     def matrix(self) -> Attention:
         """The attention matrix of this call, lazily: shape [batch, heads, n, m]."""
+        if self.given is not None:
+            return self.given
         mask: Mask | None = Causal(0) if self.causal else None
         if self.mask is not None:
             mask = Dense(self.mask) if mask is None else mask & Dense(self.mask)
@@ -105,6 +112,7 @@ class Captured:
             bias=pick(self.bias),
             sinks=None if self.sinks is None else self.sinks.float().cpu(),
             output=pick(self.output),
+            given=None,  # what a page shows needs none
         )
 
 
@@ -186,7 +194,7 @@ def pair_weights(call: Captured, logsumexp: Tensor, i: Tensor, j: Tensor) -> Ten
     """
     heads, n, d = call.query.shape[1:]
     m = call.key.shape[2]
-    step = max(1, 2**22 // (heads * d))
+    step = max(1, 2**22 // max(1, heads * d))
     parts = []
     for at in range(0, len(i), step):
         rows, columns = i[at : at + step], j[at : at + step]

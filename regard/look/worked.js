@@ -24,18 +24,20 @@ function drawWorked() {
     `One output, worked: b of ${tokenName(i, layer.n)}`;
   element("worked").replaceChildren(
     make("p", { className: "formula" }, formula(layer)),
-    queryLine(layer, head, i),
+    layer.d ? queryLine(layer, head, i) : "",
     make("div", { className: "scroll" }, workedTable(layer, head, i, result, keys)),
     ...outputLines(layer, head, i, result));
 }
 
 /** @param {Layer} layer */
 function formula(layer) {
-  const inner = `${number(layer.scale)} · q·k`;
+  const inner = `${number(layer.scale)} · q·k`, sink = layer.sinks ? " + exp(sink)" : "";
+  const weight = `b = Σⱼ α′ⱼ vⱼ,   α′ⱼ = exp(lⱼ) / (Σ exp(l)${sink})`;
+  if (layer.formula) return `${weight},   lⱼ by ${layer.formula}`;
+  if (!layer.scale) return `${weight},   lⱼ = bias, which positions alone decide`;
   const logit = (layer.softcap ? `${layer.softcap} tanh(${inner} / ${layer.softcap})` : inner)
     + (layer.bias ? " + bias" : "");
-  const sink = layer.sinks ? " + exp(sink)" : "";
-  return `b = Σⱼ α′ⱼ vⱼ,   α′ⱼ = exp(lⱼ) / (Σ exp(l)${sink}),   lⱼ = ${logit}`;
+  return `${weight},   lⱼ = ${logit}`;
 }
 
 /** The keys that get a line: all of a short text, else the largest weights and the chosen key.
@@ -77,12 +79,17 @@ function columns(layer, head, i, result, keys) {
   const list = [];
   const step = (title, words, cell, more = {}) => list.push({ title, words, cell, ...more });
   step("key j", "token", (j) => tokenName(j, layer.m), { className: "name" });
-  step("kⱼ", `${layer.d} numbers, ±${number(scale)}`, (j) => strip(key(j), scale, "k"));
-  step("αⱼ = q · kⱼ", `open for the ${layer.d} products`, (j) => dotButton(j, result.dots[j]));
-  step(`× ${number(layer.scale)}`,
-    layer.softcap ? `scale, then cap at ${layer.softcap}` : "scale",
-    (j) => number(result.scores[j]));
-  if (layer.bias) step("+ bias", "of this pair", (j) => number(biasAt(layer, head, i, j)));
+  if (layer.d) step("kⱼ", `${layer.d} numbers, ±${number(scale)}`, (j) => strip(key(j), scale, "k"));
+  if (layer.scale) {
+    step("αⱼ = q · kⱼ", `open for the ${layer.d} products`, (j) => dotButton(j, result.dots[j]));
+    step(`× ${number(layer.scale)}`,
+      layer.softcap ? `scale, then cap at ${layer.softcap}` : "scale",
+      (j) => number(result.scores[j]));
+  }
+  if (layer.bias) {
+    step(layer.formula ? "score" : "+ bias", layer.formula.split("(")[0] || "of this pair",
+      (j) => number(biasAt(layer, head, i, j)));
+  }
   if (layer.spans || layer.bits) {
     step("mask", "may q see k?",
       (j) => (seen(j) ? "visible" : maskWords(layer, i, j).split(" ").pop()));
