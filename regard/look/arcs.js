@@ -125,7 +125,7 @@ function evenReceived(layer, head) {
 /** The total that every key receives, as a text and its largest bars. */
 function drawTotals() {
   const layer = page.layers[state.layer], { head, j } = state;
-  const totals = layer.received.subarray(head * layer.m, (head + 1) * layer.m);
+  const totals = receivedBy(layer, head);
   const even = evenReceived(layer, head), lifts = totals.map((x, at) => (even[at] ? x / even[at] : 0));
   element("totals").replaceChildren(...side({
     weights: totals, lifts, length: layer.m, chosen: j, axis: "key",

@@ -51,11 +51,13 @@ function draw() {
   markHead();
   drawMap();
   drawKinds();
-  drawTokens();
-  if (passing) drawRestSoon();
-  else drawRest();
+  if (passing) {
+    if (isShort()) drawTokens();
+    drawRestSoon();
+  } else drawRest();
   writeHash();
   document.body.dataset.state = JSON.stringify(state);
+  performance.mark("drawn");
 }
 
 function drawBar() {
@@ -234,8 +236,15 @@ function soon(action) {
   return () => { clearTimeout(timer); timer = setTimeout(action, 120); };
 }
 
+/** Whether the words are so few that they may follow every step of the pointer. */
+function isShort() {
+  const layer = page.layers[state.layer];
+  return Math.max(layer.n, layer.m) <= 128;
+}
+
 /** What takes longer than a passing pointer should wait for. */
 function drawRest() {
+  drawTokens();
   drawTotals();
   drawArcs();
   drawWorked();
@@ -269,7 +278,7 @@ function start() {
       repaint();
     });
   }
-  element("scale-value").hidden = !page.layers.some((layer) => layer.moved);
+  element("scale-value").hidden = !page.layers.some((layer) => layer.value);
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => { readHash(); select({ layer: state.layer }); });
   dark.addEventListener("change", () => { tone = dark.matches ? "dark" : "light"; repaint(); });
@@ -281,7 +290,7 @@ function start() {
   buildSaving();
   buildHighlight();
   buildFind();
-  select({ layer: state.layer });
+  select({ layer: state.layer }, !isShort());
 }
 
 start();

@@ -40,7 +40,7 @@ def of_product(name: str, matrix: Attention, value: Tensor, output: Tensor) -> C
         output=kept(four_axes(output)),
         **pairs(matrix),
     )
-    return _with_value(call, value)
+    return _with_value(_without_forbidden(call), value)
 
 
 def _numbers(name: str, matrix: Attention) -> Captured:
@@ -93,6 +93,16 @@ def _bias(name: str, matrix: Attention, query: Tensor, key: Tensor) -> Tensor | 
     _check_size(name, matrix)
     bias = matrix.position.on_score(query, key, rows, columns)
     return None if bias is None else kept(four_axes(bias.expand(*bias.shape[:-2], n, m)))
+
+
+def _without_forbidden(call: Captured) -> Captured:
+    """Biases of minus infinity as what they are, pairs that a mask forbids."""
+    bias = call.bias
+    if bias is None or not bool((bias == -torch.inf).any()):
+        return call
+    keep = bias > -torch.inf
+    mask = keep if call.mask is None else keep & call.mask
+    return replace(call, bias=torch.where(keep, bias, 0), mask=mask)
 
 
 def _logits(name: str, matrix: Attention) -> Tensor:

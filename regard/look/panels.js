@@ -96,7 +96,7 @@ const PANELS = {
     title: () => headOf("Received in all"), rows: () => {
       const layer = page.layers[state.layer], { head } = state, even = evenReceived(layer, head);
       return [["key", "token", "received", "even_share"], ...Array.from(even, (x, j) =>
-        [j, tokenLabel(j, layer.m), layer.received[head * layer.m + j], x])];
+        [j, tokenLabel(j, layer.m), totals[j], x])];
     } },
   worked: { words: "the worked output", bar: false, rows: workedRows,
     body: () => traced(element("worked")),

@@ -7,12 +7,9 @@ map is two pooled planes per head, computed here in tiles.
 
 from __future__ import annotations
 
-import base64
-import ctypes
-import hashlib
 import math
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,36 +21,15 @@ from regard.look import kinds, visible
 from regard.look.record import Captured
 from regard.look.scene import Scene, Tokens
 from regard.look.statistics import HeadStatistics, of_call
+from regard.look.store import Store
 from regard.matrix import Attention
 
 SINGLE_BYTES = 16 * 2**20  # up to here float32 travels, beyond it float16
 PAGE_BYTES = 64 * 2**20  # browsers open larger pages, but slowly, and mail does not carry them
 POOLED_ABOVE = 1024
+SIGNS_PER_BYTE = 16 / 13  # at most: arrays are also deflated, which no estimate counts on
 _PLANE_CELLS = 160  # a plane has at most this many blocks per side
 _ROWS = 256  # rows per tile where weights are compared
-
-
-@dataclass
-class Store:
-    """Typed arrays as base64; equal arrays (a mask shared by all layers) are kept once."""
-
-    arrays: list[dict[str, str]] = field(default_factory=list)
-    known: dict[str, int] = field(default_factory=dict)
-
-    def add(self, tensor: Tensor | None) -> int | None:
-        """The index of a tensor in the page, or None for None."""
-        if tensor is None:
-            return None
-        kinds = {torch.float32: "f4", torch.float16: "f2", torch.int32: "i4", torch.uint8: "u1"}
-        kind = kinds[tensor.dtype]
-        flat = tensor.detach().cpu().contiguous()
-        # Not tensor.numpy(): torch may be installed without NumPy.
-        raw = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.itemsize)
-        digest = hashlib.sha256(kind.encode() + raw).hexdigest()
-        if digest not in self.known:
-            self.known[digest] = len(self.arrays)
-            self.arrays.append({"type": kind, "data": base64.b64encode(raw).decode()})
-        return self.known[digest]
 
 
 def payload(scene: Scene) -> dict[str, Any]:
@@ -62,8 +38,10 @@ def payload(scene: Scene) -> dict[str, Any]:
     Raises ShapeError if the page would be larger than `PAGE_BYTES`, naming what would fit.
     """
     assert sys.byteorder == "little", "typed arrays in a page are little-endian"
-    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call))
+    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, True))
     dtype = torch.float32 if 4 * numbers <= SINGLE_BYTES else torch.float16
+    if dtype == torch.float16:  # the model's outputs stay behind, and are compared here
+        numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, False))
     _check_size(scene, numbers * dtype.itemsize)
     store, worst = Store(), 0.0
     layers = []
@@ -96,8 +74,9 @@ def payload(scene: Scene) -> dict[str, Any]:
     }
 
 
-def _travelling(call: Captured) -> list[Tensor]:
-    tensors = [call.query, call.key, call.value, call.output, _bias(call)[1]]
+def _travelling(call: Captured, outputs: bool) -> list[Tensor]:
+    tensors = [call.query, call.key, call.value, _bias(call)[1]]
+    tensors += [call.output] if outputs else []
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -108,7 +87,7 @@ def _check_size(scene: Scene, size: int) -> None:
         for call in calls
         if _length(call) > POOLED_ABOVE
     )
-    spent, allowed = (size + pooled) * 4 / 3, PAGE_BYTES
+    spent, allowed = (size + pooled) * SIGNS_PER_BYTE, PAGE_BYTES
     if spent <= allowed:
         return
     length = max(map(_length, calls))
@@ -127,7 +106,7 @@ def _check_size(scene: Scene, size: int) -> None:
 
 def _tokens_that_fit(size: float, pooled: float, length: int) -> int:
     """How many tokens fit if `length` take `size` bytes, with or without `pooled` planes."""
-    allowed = PAGE_BYTES * 3 / 4
+    allowed = PAGE_BYTES / SIGNS_PER_BYTE
     plain = min(POOLED_ABOVE, int(length * allowed / size))
     return max(1, plain, int(length * (allowed - pooled) / size))
 
@@ -140,7 +119,7 @@ def _rounded(call: Captured, dtype: torch.dtype) -> Captured:
     """The call with the numbers that travel, so that the page's rows sum to 1 exactly."""
     if dtype == torch.float32:
         return call
-    largest = max(float(x.abs().max()) for x in _travelling(call) if x.numel())
+    largest = max(float(x.abs().max()) for x in _travelling(call, False) if x.numel())
     if largest > torch.finfo(dtype).max:
         raise ShapeError(
             f"layer '{call.name}' holds {largest:g}, which float16 cannot; look at fewer tokens "
@@ -157,7 +136,6 @@ def _rounded(call: Captured, dtype: torch.dtype) -> Captured:
         key=key,
         value=through(call.value),
         bias=through(call.bias),
-        output=through(call.output),
     )
 
 
@@ -182,6 +160,7 @@ def _layer(
 ) -> dict[str, Any]:
     _, heads, n, d = call.query.shape
     kv_heads, m = call.key.shape[1:3]
+    single = dtype == torch.float32
     toeplitz, bias = _bias(rounded)
     spans, bits = visible.spans_or_bits(call)
     size = _plane_size(call) if _length(call) > POOLED_ABOVE else None
@@ -192,7 +171,7 @@ def _layer(
         return store.add(None if tensor is None else tensor.to(dtype))
 
     return {
-        "name": call.name,
+        "name": call.name or "the model itself",
         "number": call.number,
         "route": call.route,
         "heads": heads,
@@ -208,18 +187,27 @@ def _layer(
         "query": kept(call.query),
         "key": kept(call.key),
         "value": kept(call.value),
-        "output": kept(call.output),
+        "output": kept(call.output) if single else None,
+        "gap": None if single else store.add(_gap(call)),
         "logsumexp": store.add(logsumexp.float()),
         "sinks": store.add(call.sinks),
         "spans": store.add(spans),
         "bits": store.add(bits),
         "bias": kept(bias),
         "biasToeplitz": toeplitz,
-        "received": kept(found.received[0]),
-        "moved": kept(_moved(rounded)),
+        "received": None if size is None else kept(found.received[0]),
+        "moved": None if size is None else kept(_moved(rounded)),
         "statistics": _statistics(of_call(call, tokens, found)),
         "planes": None if size is None else _planes(call, found.pool, size, store),
     }
+
+
+def _gap(call: Captured) -> Tensor | None:
+    """The largest difference in each row between the model's output and A v, [heads, n]."""
+    if call.value is None or call.output is None:
+        return None
+    found: Tensor = call.matrix @ call.value
+    return (found - call.output).abs().amax(-1)[0]
 
 
 def _moved(call: Captured) -> Tensor | None:

@@ -75,8 +75,12 @@ def of_call(call: Captured, tokens: Tokens, found: Statistics | None = None) -> 
         scored["sink"] = kinds.Scores(
             by_name["sink"], on_sink, mean(chance.expand_as(rows)), queries
         )
-        share = mean(found.entropy[0].exp() / allowed)
-        scored["broad"] = kinds.Scores(by_name["broad"], share, torch.ones_like(share), queries)
+        several = rows & (allowed > 1)  # one key alone is neither broad nor narrow
+        asked = several.sum(-1)
+        if int(asked.min()) >= kinds.QUERIES_AT_LEAST:
+            share = torch.where(several, found.entropy[0].exp() / allowed, 0).sum(-1) / asked
+            even = torch.ones_like(share)
+            scored["broad"] = kinds.Scores(by_name["broad"], share, even, int(asked.min()))
     scores = tuple(x for kind in kinds.KINDS if (x := scored.get(kind.name)) is not None)
     return HeadStatistics(
         mean(found.entropy[0]),

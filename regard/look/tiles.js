@@ -17,12 +17,15 @@ function blocks(layer, head, ofValues, { top, left, rows, columns }, size) {
     weight: new Float32Array(all), lift: new Float32Array(all) });
   const mean = empty(), max = empty(), seen = new Uint32Array(all);
   const counts = visibleCounts(layer, head), { spans } = layer;
+  const row = new Float64Array(columns);
   for (let r = 0; r < rows; r++) {
     const i = top + r, start = Math.floor(r / size) * across;
     const first = spans ? Math.max(left, spans[2 * i]) : left;
     const end = Math.min(left + columns, spans ? spans[2 * i + 1] : layer.m);
+    if (first >= end) continue;
+    partSegment(layer, head, i, first, end, ofValues, row);
     for (let j = first; j < end; j++) {
-      const weight = partAt(layer, head, i, j, ofValues);
+      const weight = row[j - first];
       if (Number.isNaN(weight)) continue;
       const block = start + Math.floor((j - left) / size), lift = weight * counts[i];
       seen[block]++;

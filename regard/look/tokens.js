@@ -5,7 +5,7 @@ const TEXT_AROUND = 150;  // tokens of text shown on each side of the selection
 
 function drawTokens() {
   const layer = page.layers[state.layer], { head, i, j } = state;
-  const ofValues = state.scale === "value" && Boolean(layer.moved);
+  const ofValues = state.scale === "value" && Boolean(layer.value);
   const row = rowWeights(layer, head, i, ofValues), keys = visibleKeys(layer, head, i);
   const sent = {
     weights: row, lifts: row.map((weight) => weight * keys), length: layer.m, chosen: j, axis: "key",

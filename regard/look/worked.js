@@ -197,6 +197,10 @@ function outputLines(layer, head, i, result) {
     make("span", { className: "what", textContent: name }), strip(numbers, most, name),
     make("span", { className: "hint", textContent: words }));
   const lines = [line("b", result.output, `${layer.e} numbers, ${signedRange(result.output)}`)];
+  if (layer.gap) {
+    const gap = layer.gap[head * layer.n + i];
+    return [...lines, checkLine(layer, head, i, result, gap)];
+  }
   if (!layer.output) {
     return [...lines, check("none",
       layer.route === "arrays" ? "No check: arrays hold no output of a model."
@@ -216,7 +220,9 @@ function outputLines(layer, head, i, result) {
  * @param {Layer} layer @param {number} head @param {number} i @param {any} result
  * @param {number} difference */
 function checkLine(layer, head, i, result, difference) {
-  const own = UNITS[page.dtype], unit = Math.max(own, UNITS[page.precision.travels]);
+  // A gap was measured in Python, before any rounding for the page.
+  const own = UNITS[page.dtype], carried = layer.gap ? own : UNITS[page.precision.travels];
+  const unit = Math.max(own, carried);
   const query = vector(layer.query, head, layer.n, layer.d, i);
   const width = layer.e, all = /** @type {Float32Array} */ (layer.value);
   let peak = 0, spread = 0, values = 0;
@@ -233,6 +239,7 @@ function checkLine(layer, head, i, result, difference) {
     : "float16"} numbers explain up to ${number(allowed)}`;
   const words = difference <= allowed
     ? `equals the model’s own output, largest difference ${number(difference)}${rounding}`
+      + (layer.gap ? "; compared when this page was made" : "")
     : `DIFFERS from the model’s own output: largest difference ${number(difference)}, while `
       + `rounding explains ${number(allowed)}. Do not trust this page for this layer.`;
   const node = check(difference <= allowed ? "good" : "bad", words);
