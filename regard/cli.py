@@ -67,6 +67,14 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="the page (default: %(default)s); .svg for a figure, .csv for the table of all heads",
     )
     command.add_argument(
+        "--serve",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PORT",
+        help="serve the page on this machine instead of writing it (any free port by default)",
+    )
+    command.add_argument(
         "--panel", choices=PANELS, help="for .svg (default: heads) or .csv: which panel"
     )
     command.add_argument(
@@ -95,6 +103,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _look(options: argparse.Namespace) -> int:
     seen = Look(_scene(options))
+    if options.serve is not None:
+        server = seen.serve(options.serve)
+        print("\n".join(_summary(seen)))
+        print(f"serving on this machine alone, until Ctrl+C:\n  {server.url}", flush=True)
+        server.wait()
+        return 0
     if not options.output.parent.is_dir():
         raise SourceError(f"{options.output.parent} is not a directory; --output needs one")
     path = _write(seen, options).resolve()

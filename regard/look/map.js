@@ -270,10 +270,13 @@ const ROUTES = {
   regard: "read at a product with a matrix of regard’s",
 };
 
-/** The widest label in pixels, within reason. @param {Layer} layer */
+/** The widest label in pixels, within reason: of every so many tokens, and the last.
+ * @param {Layer} layer */
 function labelRoom(layer) {
-  const labels = Array.from({ length: Math.min(64, layer.n) }, (_, i) => tokenLabel(i, layer.n));
-  return Math.min(96, Math.max(...labels.map(measure)));
+  const stride = Math.ceil(layer.n / 64);
+  const labels = Array.from({ length: Math.ceil(layer.n / stride) }, (_, at) =>
+    tokenLabel(at * stride, layer.n));
+  return Math.min(96, Math.max(...[...labels, tokenLabel(layer.n - 1, layer.n)].map(measure)));
 }
 /** @param {string} label */
 function measure(label) {

@@ -95,8 +95,9 @@ const PANELS = {
   totals: { words: "what each key receives", bar: true, body: () => traced(element("totals")),
     title: () => headOf("Received in all"), rows: () => {
       const layer = page.layers[state.layer], { head } = state, even = evenReceived(layer, head);
+      const sums = receivedBy(layer, head);
       return [["key", "token", "received", "even_share"], ...Array.from(even, (x, j) =>
-        [j, tokenLabel(j, layer.m), totals[j], x])];
+        [j, tokenLabel(j, layer.m), sums[j], x])];
     } },
   worked: { words: "the worked output", bar: false, rows: workedRows,
     body: () => traced(element("worked")),
