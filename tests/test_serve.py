@@ -68,10 +68,7 @@ def test_a_port_in_use_and_one_that_is_none(capsys, arrays):
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=rf"port {port} cannot be used .*leave the port out"):
             Server("", port)
-        safetensors.save_file(
-            {"query": torch.ones(3, 2), "key": torch.ones(3, 2)}, tmp_path / "a.safetensors"
-        )
-        assert main(["look", str(tmp_path / "a.safetensors"), "--serve", str(port)]) == 1
+        assert main(["look", str(arrays), "--serve", str(port)]) == 1
         assert f"port {port} cannot be used" in capsys.readouterr().err
     with pytest.raises(ServeError, match="there is no port 70000"):
         Server("", 70000)
@@ -96,12 +93,8 @@ def test_the_served_page_in_a_browser(browser):
         page.assert_quiet()
 
 
-def test_serving_from_the_command_line_until_interrupted(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    safetensors.save_file(
-        {"query": torch.ones(3, 2), "key": torch.ones(3, 2)}, tmp_path / "a.safetensors"
-    )
-    command = [sys.executable, "-m", "regard", "look", str(tmp_path / "a.safetensors"), "--serve"]
+def test_serving_from_the_command_line_until_interrupted(arrays):
+    command = [sys.executable, "-m", "regard", "look", str(arrays), "--serve"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     try:
         lines = [process.stdout.readline() for _ in range(4)]

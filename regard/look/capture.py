@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regard.look import own
+from regard.look.inputs import Open
 from regard.look.record import (
     HARMLESS,
     READ,
@@ -65,33 +66,42 @@ def capture(model: nn.Module) -> Iterator[list[Captured]]:
     torch.Size([1, 2, 5, 5])
     """
     calls: list[Captured] = []
-    open_modules: list[str] = []
+    open_modules: list[Open] = []
 
-    def enter(module: nn.Module, name: str) -> None:
-        open_modules.append(name)
+    def enter(module: nn.Module, name: str, given: list[Any]) -> None:
+        open_modules.append(Open(name, module, given))
 
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: enter(m, name)))
+        hooks.append(
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: enter(m, name, [*args, *kwargs.values()]),
+                with_kwargs=True,
+            )
+        )
         hooks.append(
             module.register_forward_hook(lambda *_: _forget(open_modules), always_call=True)
         )
     tap = _SdpaTap(calls, open_modules)
     try:
-        with _interface_tap(model, calls, tap), _product_tap(calls, open_modules, tap), tap:
+        with (
+            _interface_tap(model, calls, open_modules, tap),
+            _product_tap(calls, open_modules, tap),
+            tap,
+        ):
             yield calls
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _forget(names: list[str]) -> None:
+def _forget(modules: list[Open]) -> None:
     """Leave a module. A forward hook must return None, or its result replaces the output."""
-    names.pop()
+    modules.pop()
 
 
 @contextmanager
-def _product_tap(calls: list[Captured], open_modules: list[str], sdpa: _SdpaTap) -> Iterator[None]:
+def _product_tap(calls: list[Captured], open_modules: list[Open], sdpa: _SdpaTap) -> Iterator[None]:
     """The route of regard's own matrices."""
     original = Attention.matmul
 
@@ -100,7 +110,8 @@ def _product_tap(calls: list[Captured], open_modules: list[str], sdpa: _SdpaTap)
             return original(self, value, form=form)
         with sdpa.muted():
             output = original(self, value, form=form)
-            calls.append(own.of_product(open_modules[-1], self, value, output))
+            here = open_modules[-1]
+            calls.append(here.completed(own.of_product(here.name, self, value, output)))
         return output
 
     Attention.matmul = matmul  # type: ignore[method-assign]
@@ -110,19 +121,25 @@ def _product_tap(calls: list[Captured], open_modules: list[str], sdpa: _SdpaTap)
         Attention.matmul = original  # type: ignore[method-assign]
 
 
-def _interface_tap(model: nn.Module, calls: list[Captured], sdpa: _SdpaTap) -> Any:
+def _interface_tap(
+    model: nn.Module, calls: list[Captured], open_modules: list[Open], sdpa: _SdpaTap
+) -> Any:
     """The interface route, or nothing if no Hugging Face model can be in this process."""
     modeling = sys.modules.get("transformers.modeling_utils")
     interface = getattr(modeling, "AttentionInterface", None)
     if interface is None or not hasattr(interface, "get_interface"):
         return nullcontext()
-    return _wrapped_interface(interface, model, calls, sdpa)
+    return _wrapped_interface(interface, model, (calls, open_modules), sdpa)
 
 
 @contextmanager
 def _wrapped_interface(
-    interface: Any, model: nn.Module, calls: list[Captured], sdpa: _SdpaTap
+    interface: Any,
+    model: nn.Module,
+    lists: tuple[list[Captured], list[Open]],
+    sdpa: _SdpaTap,
 ) -> Iterator[None]:
+    calls, open_modules = lists
     names = {module: name for name, module in model.named_modules()}
     original = interface.get_interface
 
@@ -160,7 +177,9 @@ def _wrapped_interface(
             call = _read_interface(names[module], tensors, attention_mask, causal, kwargs)
             if isinstance(result[1], Attention):  # of regard, which reads words that others ignore
                 call = replace(call, **own.pairs(result[1]))
-            calls.append(replace(call, output=kept(result[0].transpose(1, 2))))
+            call = replace(call, output=kept(result[0].transpose(1, 2)))
+            here = open_modules[-1] if open_modules else Open("", module, [])
+            calls.append(here.completed(call) if here.module is module else call)
             return result
 
         return attend
@@ -216,7 +235,7 @@ _SDPA = inspect.signature(scaled_dot_product_attention)
 class _SdpaTap(TorchFunctionMode):
     """Records calls of `F.scaled_dot_product_attention` under the innermost open module's name."""
 
-    def __init__(self, calls: list[Captured], open_modules: list[str]) -> None:
+    def __init__(self, calls: list[Captured], open_modules: list[Open]) -> None:
         super().__init__()
         self._calls = calls
         self._open_modules = open_modules
@@ -259,11 +278,11 @@ class _SdpaTap(TorchFunctionMode):
         given.apply_defaults()
         query, key, value, mask, dropout, causal, scale, _ = given.arguments.values()
         tensors = (four_axes(query), four_axes(key), four_axes(value))
-        call = record(self._open_modules[-1], tensors, mask, dropout=dropout)
+        here = self._open_modules[-1]
+        call = record(here.name, tensors, mask, dropout=dropout)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        self._calls.append(
-            replace(call, scale=scale, causal=causal, output=kept(four_axes(output)))
-        )
+        call = replace(call, scale=scale, causal=causal, output=kept(four_axes(output)))
+        self._calls.append(here.completed(call))
         return output
 
     def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

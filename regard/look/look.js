@@ -1,10 +1,10 @@
 // The page: one selection (layer, head, query i, key j) that every panel shows, and its controls.
 
 /** The whole state of the page. view: what a zoomed map shows; plane: which pooled cells show;
- * allKeys: of the worked table. */
+ * allKeys: of the worked table; step: of the worked output that is at hand, 0 for all. */
 const state = {
   layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift", plane: "mean",
-  /** @type {View | null} */ view: null, allKeys: false,
+  /** @type {View | null} */ view: null, allKeys: false, step: 0,
   /** @type {any} */ arcs: { share: 50, each: true, sinks: false },
 };
 
@@ -148,7 +148,7 @@ function writeHash() {
     const zoomed = view ? `&top=${view.top}&left=${view.left}&span=${view.span}` : "";
     const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`
       + (plane === "max" ? "&plane=max" : "") + zoomed
-      + (edges === "50" ? "" : `&arcs=${edges}`);
+      + (state.step ? `&step=${state.step}` : "") + (edges === "50" ? "" : `&arcs=${edges}`);
     if (location.hash !== hash) history.replaceState(null, "", hash);
   }, 200);
 }
@@ -163,6 +163,7 @@ function readHash() {
   state.pinned = given.get("pin") === "1";
   const scale = given.get("scale") || "";
   state.scale = ["weight", "value"].includes(scale) ? scale : "lift";
+  state.step = Math.max(0, Math.min(TAUGHT.length, Math.trunc(Number(given.get("step"))) || 0));
   const [edges, ...options] = (given.get("arcs") || "50").split(",");
   Object.assign(state.arcs, { share: Math.max(5, Math.min(95, Number(edges) || 50)),
     each: !options.includes("all"), sinks: options.includes("nosinks") });
@@ -207,7 +208,7 @@ const ACTS = {
   "+": () => element("zoom-in").click(), "=": () => element("zoom-in").click(),
   "-": () => element("zoom-out").click(), "0": () => element("zoom-whole").click(),
   "1": () => element("zoom-cells").click(), e: focusSaving,
-  "/": () => element("find").focus(),
+  n: () => goStep(1), b: () => goStep(-1), "/": () => element("find").focus(),
 };
 
 /** Put the focus on the buttons that save the panel at hand, the map's if none is. */

@@ -19,6 +19,7 @@ SCRIPTS = (
     "heads.js",
     "map.js",
     "tokens.js",
+    "steps.js",
     "worked.js",
     "figure.js",
     "arcs.js",

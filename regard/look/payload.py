@@ -41,7 +41,7 @@ def payload(scene: Scene) -> dict[str, Any]:
     assert sys.byteorder == "little", "typed arrays in a page are little-endian"
     numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, True))
     dtype = torch.float32 if 4 * numbers <= SINGLE_BYTES else torch.float16
-    if dtype == torch.float16:  # the model's outputs stay behind, and are compared here
+    if dtype == torch.float16:  # inputs and outputs stay behind; outputs are compared here
         numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, False))
     _check_size(scene, numbers * dtype.itemsize)
     store, worst = Store(), 0.0
@@ -78,7 +78,7 @@ def payload(scene: Scene) -> dict[str, Any]:
 
 def _travelling(call: Captured, outputs: bool) -> list[Tensor]:
     tensors = [call.query, call.key, call.value, _bias(call)[1]]
-    tensors += [call.output] if outputs else []
+    tensors += [call.output, call.inputs] if outputs else []
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -193,6 +193,9 @@ def _layer(
         "key": kept(call.key),
         "value": kept(call.value),
         "output": kept(call.output) if single else None,
+        "inputs": kept(call.inputs) if single else None,
+        "width": 0 if call.inputs is None else call.inputs.shape[-1],
+        "madeBy": call.made_by,
         "gap": None if single else store.add(_gap(call)),
         "logsumexp": store.add(logsumexp.float()),
         "sinks": store.add(call.sinks),

@@ -54,6 +54,9 @@ class Captured:
         None where the model never held it as one tensor
     formula: of a matrix of regard's: the score whose logits are in `bias`, if it is no scaled dot
         product, or the normalizer, if it is not softmax
+    inputs: [batch, n, d_model], the vectors that the module was given, or None if unknown
+    made_by: for query, key and value the linear layer of the module that made it of the inputs,
+        "" where none did
     given: of a matrix of regard's under another normalizer than softmax: itself
     """
 
@@ -71,6 +74,8 @@ class Captured:
     output: Tensor | None = None
     number: int = 0
     formula: str = ""
+    inputs: Tensor | None = None
+    made_by: tuple[str, str, str] = ("", "", "")
     given: Attention | None = None
 
     @property
@@ -112,6 +117,7 @@ class Captured:
             bias=pick(self.bias),
             sinks=None if self.sinks is None else self.sinks.float().cpu(),
             output=pick(self.output),
+            inputs=pick(self.inputs),
             given=None,  # what a page shows needs none
         )
 
