@@ -9,7 +9,6 @@ from regard import Additive
 from regard.look import capture, look
 from regard.nn import SelfAttention
 
-
 LABELS = "return [...document.querySelectorAll('#steps button')].map((x) => x.ariaLabel)"
 
 
