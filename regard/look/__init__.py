@@ -17,13 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
 from regard.look.capture import capture
 from regard.look.figure import Figure, FigureError, figure_of, spot_of
 from regard.look.page import page_of
 from regard.look.record import Captured, CaptureError
+from regard.look.rollout import rollout
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
 from regard.look.serve import ServeError, Server
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
@@ -64,6 +65,19 @@ class Look:
         its last call; `captured` has them all.
         """
         return spot_of(self.scene, layer, 0, 0, 0).call.matrix
+
+    def rollout(self, query: int) -> Tensor:
+        """What the last layer's output of one token comes from: shares [layers, n], row 0 inputs.
+
+        See `regard.look.rollout`, which says what this assumes. Raises ShapeError unless all
+        layers are self-attention of one sequence.
+
+        >>> import torch
+        >>> seen = look({"query": torch.zeros(2, 1, 4, 8), "key": torch.zeros(2, 1, 4, 8)})
+        >>> seen.rollout(1)[0]
+        tensor([0.1875, 0.4375, 0.1875, 0.1875])
+        """
+        return rollout(self.captured, query)
 
     def table(self) -> Table:
         """One row per layer and head: entropy, distance, weight on sinks, kind and its score.

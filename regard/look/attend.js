@@ -4,7 +4,7 @@
  * One attention call. Arrays are flat, row-major: query [heads, n, d], key [kvHeads, m, d],
  * value [kvHeads, m, e], output [heads, n, e], logsumexp [heads, n]; received [heads, m] is the sum
  * over the queries, moved [heads, n] is sum_j alpha_ij |v_j|.
- * @typedef {{name: string, route: string, heads: number, kvHeads: number, n: number, m: number,
+ * @typedef {{name: string, number: number, route: string, heads: number, kvHeads: number, n: number, m: number,
  *   d: number, e: number, scale: number, softcap: number | null, causal: boolean, formula: string,
  *   query: Float32Array, key: Float32Array, value: Float32Array | null,
  *   output: Float32Array | null, logsumexp: Float32Array, sinks: Float32Array | null,

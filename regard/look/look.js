@@ -247,6 +247,7 @@ function isShort() {
 function drawRest() {
   drawTokens();
   drawTotals();
+  drawRollout();
   drawArcs();
   drawWorked();
 }

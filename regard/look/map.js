@@ -175,7 +175,7 @@ function framed(layer, at) {
       const tile = at.baked ? null
         : tileAt(layer, state.head, ofValues, size, tr, tc, performance.now() < until);
       if (!tile && !at.baked) missing++;
-      const from = tile ? tile[which] : coarse, shift = tile ? TILE : 0;
+      const from = /** @type {Plane} */ (tile ? tile[which] : coarse), shift = tile ? TILE : 0;
       for (let y = r; y < down; y++) {
         for (let x = c; x < across; x++) {
           const row = tile ? first.r + y - tr * shift : Math.floor((first.r + y) * size / from.size);

@@ -23,6 +23,7 @@ SCRIPTS = (
     "worked.js",
     "figure.js",
     "arcs.js",
+    "rollout.js",
     "hover.js",
     "panels.js",
     "look.js",

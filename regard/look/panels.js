@@ -99,6 +99,10 @@ const PANELS = {
       return [["key", "token", "received", "even_share"], ...Array.from(even, (x, j) =>
         [j, tokenLabel(j, layer.m), sums[j], x])];
     } },
+  rollout: { words: "the rollout", bar: true, body: () => traced(element("rollout")),
+    title: () => [`Rollout: ${page.title}`, `query ${tokenName(state.i, page.layers[0].n)}, `
+      + `${page.layers.length} layers`], rows: () => [["key", "token", "share"],
+      ...Array.from(rollout(state.i), (x, j) => [j, tokenLabel(j, page.layers[0].m), x])] },
   worked: { words: "the worked output", bar: false, rows: workedRows,
     body: () => traced(element("worked")),
     title: () => [...headOf("One output, worked"), `query ${tokenName(state.i,
