@@ -60,14 +60,21 @@ def png(shade: Tensor, ramp: Sequence[Sequence[int]] = RAMP) -> str:
     low = place.floor().clamp(max=len(ramp) - 2).long()
     stops = torch.tensor(ramp, dtype=torch.float32)
     colours = torch.lerp(stops[low], stops[low + 1], (place - low)[..., None]).round().byte()
-    colours = torch.cat([colours, 255 * (~clear[..., None]).byte()], -1)
-    rows, columns = shade.shape
+    if clear.any():
+        colours = torch.cat([colours, 255 * (~clear[..., None]).byte()], -1)
+    return png_of(colours)
+
+
+def png_of(colours: Tensor) -> str:
+    """A uint8 tensor [rows, columns, 3 or 4] of red, green, blue, opacity as a base64 PNG."""
+    rows, columns, channels = colours.shape
+    kind = {3: 2, 4: 6}[channels]  # the numbers of PNG's colour types
     lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in colours)
-    header = struct.pack(">IIBBBBB", columns, rows, 8, 6, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", columns, rows, 8, kind, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
     )
     return base64.b64encode(data).decode()
 

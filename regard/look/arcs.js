@@ -100,10 +100,6 @@ function arcWords(edges, inside, drawn, all, hidden) {
     + (arcs.sinks ? `Left out: ${percent(hidden)} of the weight, which lies on `
       + `${sinkNames(layer)}.` : "");
 }
-/** @param {Layer} layer */
-function sinkNames(layer) {
-  return layer.statistics.special ? "the tokenizer’s own tokens" : "the first token";
-}
 
 /** What each key would receive from equal weights, counted once per layer and head.
  * @param {Layer} layer @param {number} head @returns {Float64Array} */

@@ -79,10 +79,15 @@ function meter(row) {
  * @param {number} head */
 function sinkShare(layer, head) {
   const { special, first, sink } = layer.statistics;
-  const parts = [special ? `${percent(special[head])} on the tokenizer’s own tokens`
-    : `${percent(first[head])} on the first token`];
+  const parts = [`${percent((special || first)[head])} on ${sinkNames(layer)}`];
   if (sink) parts.push(`${percent(sink[head])} on the learned sink`);
   return `Sinks take ${parts.join(" and ")} of this head’s weight.`;
+}
+
+/** Which tokens are counted as sinks. @param {Layer} layer */
+function sinkNames(layer) {
+  if (!layer.statistics.special) return "the first token";
+  return page.image ? "the tokens before the patches" : "the tokenizer’s own tokens";
 }
 
 /** The share of one row's weight on sinks, in words. @param {Layer} layer
@@ -93,6 +98,5 @@ function rowSinkShare(layer, weights) {
   for (let j = 0; j < layer.m; j++) {
     if (marked ? page.tokens.special[j] : j === 0) share += weights[j] || 0;
   }
-  return `${percent(share)} of this row lies on ${marked ? "the tokenizer’s own tokens"
-    : "the first token"}.`;
+  return `${percent(share)} of this row lies on ${sinkNames(layer)}.`;
 }

@@ -247,6 +247,7 @@ function isShort() {
 function drawRest() {
   drawTokens();
   drawTotals();
+  drawImage();
   drawRollout();
   drawArcs();
   drawWorked();
@@ -289,6 +290,7 @@ function start() {
   buildMap();
   buildWorked();
   buildArcs();
+  buildImage();
   buildSaving();
   buildHighlight();
   buildFind();

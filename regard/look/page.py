@@ -24,6 +24,7 @@ SCRIPTS = (
     "figure.js",
     "arcs.js",
     "rollout.js",
+    "image.js",
     "hover.js",
     "panels.js",
     "look.js",

@@ -99,6 +99,9 @@ const PANELS = {
       return [["key", "token", "received", "even_share"], ...Array.from(even, (x, j) =>
         [j, tokenLabel(j, layer.m), sums[j], x])];
     } },
+  image: { words: "the picture", bar: false, body: () => traced(element("image-box")),
+    title: () => [...headOf("On the picture"), element("image-hint").textContent || ""],
+    rows: imageRows },
   rollout: { words: "the rollout", bar: true, body: () => traced(element("rollout")),
     title: () => [`Rollout: ${page.title}`, `query ${tokenName(state.i, page.layers[0].n)}, `
       + `${page.layers.length} layers`], rows: () => [["key", "token", "share"],

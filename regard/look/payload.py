@@ -64,6 +64,7 @@ def payload(scene: Scene) -> dict[str, Any]:
         "notes": scene.notes,
         "pooling": scene.pooling,
         "dtype": scene.dtype,
+        "image": _image(scene),
         "precision": {
             "travels": str(dtype).removeprefix("torch."),
             "weightError": worst if dtype == torch.float16 else None,
@@ -74,6 +75,14 @@ def payload(scene: Scene) -> dict[str, Any]:
         "layers": layers,
         "arrays": store.arrays,
     }
+
+
+def _image(scene: Scene) -> dict[str, Any] | None:
+    image = scene.image
+    if image is None:
+        return None
+    places = {name: getattr(image, name) for name in ("rows", "columns", "prefix", "length")}
+    return {**places, "png": image.png()}
 
 
 def _travelling(call: Captured, outputs: bool) -> list[Tensor]:

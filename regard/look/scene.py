@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
 from regard.look.capture import capture
+from regard.look.image import Image, of_inputs
 from regard.look.record import Captured, CaptureError
 
 
@@ -51,6 +52,7 @@ class Scene:
     notes: sentences the reader must know, such as which part of a long text is shown
     pooling: how the model makes one vector of its token vectors, if its files say so
     dtype: what the model computed in
+    image: the picture that the model was given, if its tokens are patches of one
     """
 
     title: str
@@ -60,6 +62,7 @@ class Scene:
     notes: tuple[str, ...] = ()
     pooling: str | None = None
     dtype: str = "float32"
+    image: Image | None = None
 
 
 def of_model(
@@ -87,6 +90,10 @@ def of_model(
         with capture(model) as calls:
             seen = _run(model, inputs)
     calls = _readable(type(model).__name__, calls)
+    image = of_inputs(model, inputs, calls[0].key.shape[2])
+    if image is not None and tokens is None:
+        tokens = Tokens.of_labels(image.labels())
+        tokens = replace(tokens, special=tuple(at < image.prefix for at in range(image.length)))
     batch = calls[0].query.shape[0]
     notes = [f"The input was a batch of {batch}; this is its first sequence."] if batch > 1 else []
     notes += [
@@ -102,6 +109,7 @@ def of_model(
         change=_largest_change(plain, seen),
         notes=tuple(notes),
         dtype=str(calls[0].query.dtype).removeprefix("torch."),
+        image=image,
     )
 
 
