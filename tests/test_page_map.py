@@ -155,3 +155,40 @@ def test_unequal_lengths_zoom_on_both_axes(browser, tmp_path):
     assert now["box"]["width"] == pytest.approx(100 * now["cell"])
     assert now["box"]["height"] == pytest.approx(40 * now["cell"])
     page.assert_quiet()
+
+
+def test_thousands_of_tokens_zoom_to_exact_cells(browser, tmp_path):
+    n = 5000
+    torch.manual_seed(0)
+    data = {name: torch.randn(1, 1, n, 8) for name in ("query", "key")}
+    data["query"] = data["query"] * 3  # so that weights differ by orders of magnitude
+    seen = look(data, causal=True)
+    page = Reader(browser, seen.save(tmp_path / "long.html"))
+    page.save_into(tmp_path)
+    assert shown(page)["size"] == 32  # pooled when the page was made
+    matrix = seen[0]
+    for i, j in ((4700, 1234), (2500, 2500), (4999, 0)):
+        page.go(f"#i={i}&j={j}&top={i - 20}&left={j - 20}&span=40")
+        page.settles(i=i, j=j)
+        now = shown(page)
+        assert now["size"] == 1
+        rows = page.saved("map", "csv")
+        top, left = now["origin"]["top"], now["origin"]["left"]
+        exact = matrix[0, 0, top : top + 40, left : left + 40]
+        for r in (0, 17, 39):
+            for c in (0, 20, 39):
+                told = rows[r + 1][c + 1]
+                if left + c > top + r:
+                    assert told == ""
+                else:
+                    assert float(told) == pytest.approx(float(exact[r, c]), rel=1e-3, abs=1e-9)
+    # Half way in, blocks are computed from exact cells, not from the blocks that travelled.
+    page.go("#i=3000&j=1000&top=2000&left=0&span=2500")
+    page.settles(i=3000, j=1000)
+    now = shown(page)
+    size = now["size"]
+    assert size == 8
+    rows = page.saved("map", "csv")
+    cells = matrix[0, 0, 2000 + 10 * size : 2000 + 11 * size, 5 * size : 6 * size]
+    assert float(rows[11][6]) == pytest.approx(float(cells.mean()), rel=1e-3)
+    page.assert_quiet()
