@@ -146,3 +146,14 @@ def test_layers_by_name_and_number():
     assert seen["layer 2"].shape == seen[2].shape == (1, 2, 5, 5)
     with pytest.raises(ShapeError, match=r"no layer 1 here; there are 0 'layer 0', 2 'layer 2'"):
         seen[1]
+
+
+def test_names_of_layers_may_stop_where_they_are_clear():
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 8), 2).eval()
+    seen = look(model, torch.randn(5, 1, 8))
+    assert [call.name for call in seen.captured] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert torch.equal(seen["layers.1"].query, seen[1].query)
+    with pytest.raises(ShapeError, match=r"no layer 'layers' here; there are 0 'layers.0.self_a"):
+        seen["layers"]
+    with pytest.raises(ShapeError, match=r"no layer 'layers.1.self' here"):
+        seen["layers.1.self"]

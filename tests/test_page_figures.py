@@ -1,13 +1,15 @@
 """What the page saves: SVG with text as text, PNG at twice the size, CSV with the numbers."""
 
 import struct
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from reader import Reader
 
-from regard.look import look
+from regard.look import Look, look
+from regard.look.scene import Scene, of_arrays
 
 NAME = "{http://www.w3.org/2000/svg}"
 PANELS = ("heads", "map", "kinds", "sent", "received", "arcs", "totals", "worked")
@@ -122,3 +124,22 @@ def test_the_key_e_leads_to_the_buttons(page):
     page.run("document.querySelector('#worked .dot').focus()")
     page.press("e")
     assert page.run("return document.activeElement.ariaLabel") == "Save the worked output as SVG"
+
+
+def test_hostile_names_of_models_and_layers_stay_text(browser, tmp_path):
+    name = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\x00"
+    call = of_arrays({"query": torch.ones(3, 4), "key": torch.ones(3, 4)}).captured[0]
+    scene = Scene(name, (replace(call, name=name),), notes=(name,))
+    page = Reader(browser, Look(scene).save(tmp_path / "hostile.html"))
+    assert page.text("title").startswith("</title><script>")
+    assert page.run("return document.title").startswith("</title><script>")
+    assert page.run("return document.querySelectorAll('img').length") == 0
+    assert page.run("return document.querySelectorAll('script').length") == 2
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    page.save_into(saved)
+    assert "<script" not in page.saved("map", "svg")
+    drawing = Look(scene).figure("map", layer=0).svg
+    assert ElementTree.fromstring(drawing) is not None
+    assert "<script" not in drawing
+    page.assert_quiet()

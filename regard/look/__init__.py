@@ -61,8 +61,9 @@ class Look:
     def __getitem__(self, layer: int | str) -> Attention:
         """The lazy matrix of a layer, by its number or its module's name.
 
-        Raises ShapeError naming the layers there are. A name that was called several times means
-        its last call; `captured` has them all.
+        A name may stop early, "encoder.layer.3", where one module alone begins with it. One that
+        was called several times means its last call; `captured` has them all.
+        Raises ShapeError naming the layers there are.
         """
         return spot_of(self.scene, layer, 0, 0, 0).call.matrix
 
