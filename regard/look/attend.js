@@ -2,44 +2,73 @@
 
 /**
  * One attention call. Arrays are flat, row-major: query [heads, n, d], key [kvHeads, m, d],
- * value [kvHeads, m, e], output [heads, n, e], logsumexp [heads, n].
- * @typedef {{name: string, route: string, heads: number, kvHeads: number, n: number, m: number,
- *   d: number, e: number, scale: number, softcap: number | null, causal: boolean,
+ * value [kvHeads, m, e], output [heads, n, e], logsumexp [heads, n]; received [heads, m] is the sum
+ * over the queries, moved [heads, n] is sum_j alpha_ij |v_j|.
+ * @typedef {{name: string, number: number, route: string, heads: number, kvHeads: number, n: number, m: number,
+ *   d: number, e: number, scale: number, softcap: number | null, causal: boolean, formula: string,
  *   query: Float32Array, key: Float32Array, value: Float32Array | null,
  *   output: Float32Array | null, logsumexp: Float32Array, sinks: Float32Array | null,
  *   spans: Int32Array | null, bits: Uint8Array | null, bias: Float32Array | null,
- *   biasToeplitz: boolean, statistics: Object<string, number[] | null>, planes: any}} Layer
+ *   biasToeplitz: boolean, received: Float32Array | null,
+ *   inputs: Float32Array | null, width: number, madeBy: string[], moved: Float32Array | null, gap: Float32Array | null, sums: {received: Float64Array, moved: Float64Array}[],
+ *   statistics: any, planes: any, counts: Int32Array[], norms: Float64Array[]}} Layer
  * Weights in blocks of size x size cells; NaN where every cell of a block is masked.
  * @typedef {{size: number, rows: number, columns: number, weight: Float32Array,
  *   lift: Float32Array}} Plane
  */
 
-/** @param {{type: string, data: string}} packed */
-function unpack(packed) {
-  const text = atob(packed.data);
-  const bytes = new Uint8Array(text.length);
-  for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
-  switch (packed.type) {
-    case "f4": return new Float32Array(bytes.buffer);
-    case "i4": return new Int32Array(bytes.buffer);
-    case "u1": return bytes;
-    case "f2": return fromHalf(new Uint16Array(bytes.buffer));
-    default: throw new Error(`unknown array type ${packed.type}`);
+const SIGNS = Array.from({ length: 94 }, (_, at) => String.fromCharCode(33 + at))
+  .filter((sign) => !'"\\<'.includes(sign)).join("");
+/** The number of each sign by its code. */
+const SIGN_NUMBERS = new Uint8Array(128);
+[...SIGNS].forEach((sign, at) => { SIGN_NUMBERS[sign.charCodeAt(0)] = at; });
+
+/** Bytes from text: 16 signs are eight numbers of 13 bits, 13 bytes (store.py).
+ * @param {string} text @param {number} length */
+function read(text, length) {
+  const bytes = new Uint8Array(Math.ceil(text.length / 16) * 13 + 2);
+  for (let at = 0, bit = 0; at < text.length; at += 2, bit += 13) {
+    const value = SIGN_NUMBERS[text.charCodeAt(at)] * SIGNS.length
+      + SIGN_NUMBERS[text.charCodeAt(at + 1)];
+    const three = value << (bit & 7), place = bit >> 3;
+    bytes[place] |= three;
+    bytes[place + 1] |= three >> 8;
+    bytes[place + 2] |= three >> 16;
   }
+  return bytes.subarray(0, length);
 }
 
-/** IEEE 754 binary16, by table: Float16Array is not in every browser. @param {Uint16Array} half */
-function fromHalf(half) {
-  if (!fromHalf.table) {
-    fromHalf.table = Float32Array.from({ length: 65536 }, (_, bits) => {
-      const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-      if (exponent === 31) return fraction ? NaN : sign * Infinity;
-      if (exponent === 0) return sign * fraction * 2 ** -24;
-      return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
-    });
+/** @param {{type: string, bytes: number, data: string}} packed @returns {Promise<Uint8Array>} */
+async function inflate(packed) {
+  const stream = new Blob([read(packed.data, packed.bytes)]).stream()
+    .pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** An array whose bytes of one place stand together. @param {string} type
+ * @param {Uint8Array} planes */
+function unpack(type, planes) {
+  if (type === "u1") return planes;
+  if (type === "f2") return fromHalf(planes);
+  const count = planes.length / 4, bytes = new Uint8Array(planes.length);
+  for (let at = 0; at < count; at++) {
+    for (let place = 0; place < 4; place++) bytes[4 * at + place] = planes[place * count + at];
   }
-  const table = fromHalf.table;
-  return Float32Array.from(half, (bits) => table[bits]);
+  return type === "f4" ? new Float32Array(bytes.buffer) : new Int32Array(bytes.buffer);
+}
+
+/** IEEE 754 binary16, low bytes and then high bytes, by table: Float16Array is not in every
+ * browser. @param {Uint8Array} planes */
+function fromHalf(planes) {
+  fromHalf.table ||= Float32Array.from({ length: 65536 }, (_, bits) => {
+    const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    if (exponent === 31) return fraction ? NaN : sign * Infinity;
+    if (exponent === 0) return sign * fraction * 2 ** -24;
+    return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+  });
+  const table = fromHalf.table, count = planes.length / 2, numbers = new Float32Array(count);
+  for (let at = 0; at < count; at++) numbers[at] = table[planes[at] | planes[count + at] << 8];
+  return numbers;
 }
 /** @type {Float32Array | null} */
 fromHalf.table = null;
@@ -48,7 +77,11 @@ fromHalf.table = null;
 function openLayer(raw, array) {
   const layer = { ...raw };
   for (const name of ["query", "key", "value", "output", "logsumexp", "sinks", "spans", "bits",
-    "bias"]) layer[name] = array(raw[name]);
+    "bias", "received", "moved", "gap",
+    "inputs"]) layer[name] = array(raw[name]);
+  layer.counts = [];
+  layer.norms = [];
+  layer.sums = [];
   return layer;
 }
 
@@ -67,13 +100,75 @@ function isVisible(layer, head, i, j) {
   return Boolean((layer.bits[at] >> (j & 7)) & 1);
 }
 
-/** How many keys a query may see. @param {Layer} layer @param {number} head @param {number} i */
-function visibleKeys(layer, head, i) {
-  if (layer.spans) return layer.spans[2 * i + 1] - layer.spans[2 * i];
-  if (!layer.bits) return layer.m;
-  let count = 0;
-  for (let j = 0; j < layer.m; j++) if (isVisible(layer, head, i, j)) count++;
-  return count;
+/** How many keys each query may see, counted once per layer and head.
+ * @param {Layer} layer @param {number} head @returns {Int32Array} */
+function visibleCounts(layer, head) {
+  const shared = !layer.bits || layer.bits.length === layer.n * Math.ceil(layer.m / 8);
+  const at = shared ? 0 : head;
+  layer.counts[at] ||= Int32Array.from({ length: layer.n }, (_, i) => {
+    if (layer.spans) return layer.spans[2 * i + 1] - layer.spans[2 * i];
+    if (!layer.bits) return layer.m;
+    let count = 0;
+    for (let j = 0; j < layer.m; j++) if (isVisible(layer, head, i, j)) count++;
+    return count;
+  });
+  return layer.counts[at];
+}
+/** @param {Layer} layer @param {number} head @param {number} i */
+function visibleKeys(layer, head, i) { return visibleCounts(layer, head)[i]; }
+
+/** |v_j| of every key that a head reads, measured once. @param {Layer} layer
+ * @param {number} head @returns {Float64Array} */
+function valueNorms(layer, head) {
+  const at = keyHead(layer, head), values = layer.value;
+  if (!values) throw new Error("this layer has no value");
+  layer.norms[at] ||= Float64Array.from({ length: layer.m }, (_, j) => {
+    let sum = 0;
+    for (const x of vector(values, at, layer.m, layer.e, j)) sum += x * x;
+    return Math.sqrt(sum);
+  });
+  return layer.norms[at];
+}
+
+/** What a pair counts for: its weight, or in the view of values its part of sum_j alpha_ij |v_j|.
+ * @param {Layer} layer @param {number} head @param {number} i @param {number} j
+ * @param {boolean} ofValues */
+function partAt(layer, head, i, j, ofValues) {
+  const weight = weightAt(layer, head, i, j);
+  if (!ofValues || !layer.value) return weight;
+  const moved = movedBy(layer, head, i);
+  return moved > 0 ? weight * valueNorms(layer, head)[j] / moved : weight;
+}
+
+/** The sums over a whole head: what each key receives, and sum_j alpha_ij |v_j| of each query.
+ * A page of pooled maps carries them; of others they are computed once.
+ * @param {Layer} layer @param {number} head */
+function headSums(layer, head) {
+  layer.sums[head] ||= (() => {
+    const received = new Float64Array(layer.m), moved = new Float64Array(layer.n);
+    const norms = layer.value ? valueNorms(layer, head) : null;
+    const row = new Float64Array(layer.m);
+    for (let i = 0; i < layer.n; i++) {
+      segment(layer, head, i, 0, layer.m, row);
+      for (let j = 0; j < layer.m; j++) {
+        const weight = row[j];
+        if (Number.isNaN(weight)) continue;
+        received[j] += weight;
+        if (norms) moved[i] += weight * norms[j];
+      }
+    }
+    return { received, moved };
+  })();
+  return layer.sums[head];
+}
+/** @param {Layer} layer @param {number} head @param {number} i */
+function movedBy(layer, head, i) {
+  return layer.moved ? layer.moved[head * layer.n + i] : headSums(layer, head).moved[i];
+}
+/** @param {Layer} layer @param {number} head */
+function receivedBy(layer, head) {
+  return layer.received ? layer.received.subarray(head * layer.m, (head + 1) * layer.m)
+    : headSums(layer, head).received;
 }
 
 /** q_i . k_j @param {Layer} layer @param {number} head @param {number} i @param {number} j */
@@ -106,74 +201,61 @@ function weightAt(layer, head, i, j) {
   return Math.exp(logit - layer.logsumexp[head * layer.n + i]);
 }
 
-/** @param {Layer} layer @param {number} head @param {number} i */
-function rowWeights(layer, head, i) {
-  return Float64Array.from({ length: layer.m }, (_, j) => weightAt(layer, head, i, j));
-}
-
-/** @param {Layer} layer @param {number} head @param {number} j */
-function columnWeights(layer, head, j) {
-  return Float64Array.from({ length: layer.n }, (_, i) => weightAt(layer, head, i, j));
-}
-
-/** Exact cells of a window of the map. @param {Layer} layer @param {number} head
- * @param {{top: number, left: number, rows: number, columns: number}} window @returns {Plane} */
-function cells(layer, head, { top, left, rows, columns }) {
-  const weight = new Float32Array(rows * columns), lift = new Float32Array(rows * columns);
-  for (let r = 0, at = 0; r < rows; r++) {
-    const count = visibleKeys(layer, head, top + r);
-    for (let c = 0; c < columns; c++, at++) {
-      weight[at] = weightAt(layer, head, top + r, left + c);
-      lift[at] = weight[at] * count;
+/**
+ * Weights of one row from key `from` to before `to`, as weightAt gives them, in one loop: most of
+ * what the page computes is this. NaN if masked.
+ * @param {Layer} layer @param {number} head @param {number} i @param {number} from
+ * @param {number} to @param {Float64Array} out filled from its start
+ */
+function segment(layer, head, i, from, to, out) {
+  const { query, key, d, m, n, scale, softcap, bias, spans, bits } = layer;
+  const start = spans ? Math.max(from, spans[2 * i]) : from;
+  const end = spans ? Math.min(to, spans[2 * i + 1]) : to;
+  out.fill(NaN, 0, to - from);
+  const q = (head * n + i) * d, keys = keyHead(layer, head) * m, whole = d - d % 4;
+  const sum = layer.logsumexp[head * n + i];
+  const most = layer.biasToeplitz ? n + m - 1 : n * m;
+  const first = bias ? (bias.length === most ? 0 : head * most)
+    + (layer.biasToeplitz ? n - 1 - i : i * m) : 0;
+  for (let j = start; j < end; j++) {
+    if (bits && !isVisible(layer, head, i, j)) continue;
+    const k = (keys + j) * d;
+    let a = 0, b = 0, c = 0, e = 0;  // four sums, so that no addition waits for the one before
+    for (let at = 0; at < whole; at += 4) {
+      a += query[q + at] * key[k + at];
+      b += query[q + at + 1] * key[k + at + 1];
+      c += query[q + at + 2] * key[k + at + 2];
+      e += query[q + at + 3] * key[k + at + 3];
     }
+    for (let at = whole; at < d; at++) a += query[q + at] * key[k + at];
+    let logit = (a + b + c + e) * scale;
+    if (softcap) logit = softcap * Math.tanh(logit / softcap);
+    if (bias) logit += bias[first + j];
+    out[j - from] = Math.exp(logit - sum);
   }
-  return { size: 1, rows, columns, weight, lift };
+  return out;
 }
 
-/** Pool exact cells into blocks; a mean is over the visible cells of its block.
- * @param {Plane} plane @param {number} size @param {"mean" | "max"} which @returns {Plane} */
-function pool(plane, size, which) {
-  if (size === 1) return plane;
-  const rows = Math.ceil(plane.rows / size), columns = Math.ceil(plane.columns / size);
-  const weight = new Float32Array(rows * columns), lift = new Float32Array(rows * columns);
-  const seen = new Uint32Array(rows * columns);
-  for (let r = 0, at = 0; r < plane.rows; r++) {
-    for (let c = 0; c < plane.columns; c++, at++) {
-      if (Number.isNaN(plane.weight[at])) continue;
-      const block = Math.floor(r / size) * columns + Math.floor(c / size);
-      seen[block]++;
-      if (which === "max") {
-        weight[block] = Math.max(weight[block], plane.weight[at]);
-        lift[block] = Math.max(lift[block], plane.lift[at]);
-      } else {
-        weight[block] += plane.weight[at];
-        lift[block] += plane.lift[at];
-      }
-    }
-  }
-  for (let block = 0; block < seen.length; block++) {
-    const share = which === "max" ? Math.min(seen[block], 1) : seen[block];
-    weight[block] /= share;
-    lift[block] /= share;
-  }
-  return { size, rows, columns, weight, lift };
+/** A segment as parts: weights, or in the view of values shares of sum_j alpha_ij |v_j|.
+ * @param {Layer} layer @param {number} head @param {number} i @param {number} from
+ * @param {number} to @param {boolean} ofValues @param {Float64Array} out */
+function partSegment(layer, head, i, from, to, ofValues, out) {
+  segment(layer, head, i, from, to, out);
+  const moved = ofValues && layer.value ? movedBy(layer, head, i) : 0;
+  if (!(moved > 0)) return out;
+  const norms = valueNorms(layer, head);
+  for (let j = from; j < to; j++) out[j - from] *= norms[j] / moved;
+  return out;
 }
 
-/** A plane that Python pooled; lift = weight x the mean number of keys its rows may see.
- * @param {Layer} layer @param {number} head @param {"mean" | "max"} which
- * @param {(index: number) => Float32Array} array @returns {Plane} */
-function bakedPlane(layer, head, which, array) {
-  const { size, rows, columns } = layer.planes, all = array(layer.planes[which]);
-  const weight = all.subarray(head * rows * columns, (head + 1) * rows * columns);
-  const lift = new Float32Array(weight.length);
-  for (let r = 0; r < rows; r++) {
-    const end = Math.min((r + 1) * size, layer.n);
-    let keys = 0;
-    for (let i = r * size; i < end; i++) keys += visibleKeys(layer, head, i);
-    keys /= end - r * size;
-    for (let c = 0; c < columns; c++) lift[r * columns + c] = weight[r * columns + c] * keys;
-  }
-  return { size, rows, columns, weight, lift };
+/** @param {Layer} layer @param {number} head @param {number} i @param {boolean} ofValues */
+function rowWeights(layer, head, i, ofValues = false) {
+  return partSegment(layer, head, i, 0, layer.m, ofValues, new Float64Array(layer.m));
+}
+
+/** @param {Layer} layer @param {number} head @param {number} j @param {boolean} ofValues */
+function columnWeights(layer, head, j, ofValues = false) {
+  return Float64Array.from({ length: layer.n }, (_, i) => partAt(layer, head, i, j, ofValues));
 }
 
 /**

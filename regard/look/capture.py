@@ -1,6 +1,6 @@
 """Taps that read query, key and value out of a running model, without changing the model.
 
-Two routes, both active at once:
+Three routes, all active at once:
 
 - **interface**: Hugging Face models ask `AttentionInterface.get_interface` for their attention
   function, whichever implementation is configured, the model file's own eager code included.
@@ -9,8 +9,10 @@ Two routes, both active at once:
 - **sdpa**: a `TorchFunctionMode` sees every call of `F.scaled_dot_product_attention`, including
   the one inside `nn.MultiheadAttention`. It is muted inside the interface route, so that no call
   is recorded twice.
+- **regard**: `Attention.matmul` is wrapped, which layers of `regard.nn` and all that multiply by a
+  matrix of regard's end in. It is muted inside the other two.
 
-Models with attention code of their own (neither route) record nothing, and the caller is told.
+Models with attention code of their own (no route) record nothing, and the caller is told.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from regard.look import own
+from regard.look.inputs import Open
 from regard.look.record import (
     HARMLESS,
     READ,
@@ -37,9 +40,8 @@ from regard.look.record import (
     kept,
     record,
 )
-from regard.mask import Causal, Mask
+from regard.mask import Mask
 from regard.matrix import Attention
-from regard.runs import compile_mask
 from regard.sdpa import scaled_dot_product_attention
 
 
@@ -49,8 +51,8 @@ def capture(model: nn.Module) -> Iterator[list[Captured]]:
 
     Yields the list that the calls are added to, in the order in which they happen. The model, its
     configuration and its registered functions are the same afterwards. The interface route wraps
-    a method that all Hugging Face models of the process share; calls of other models pass through
-    unrecorded.
+    a method that all Hugging Face models of the process share, the route of regard's own one that
+    all matrices share; calls of other models pass through unrecorded.
 
     Raises CaptureError where a call does something that the record could not hold, rather than
     recording something else.
@@ -64,44 +66,80 @@ def capture(model: nn.Module) -> Iterator[list[Captured]]:
     torch.Size([1, 2, 5, 5])
     """
     calls: list[Captured] = []
-    open_modules: list[str] = []
+    open_modules: list[Open] = []
 
-    def enter(module: nn.Module, name: str) -> None:
-        open_modules.append(name)
+    def enter(module: nn.Module, name: str, given: list[Any]) -> None:
+        open_modules.append(Open(name, module, given))
 
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: enter(m, name)))
+        hooks.append(
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: enter(m, name, [*args, *kwargs.values()]),
+                with_kwargs=True,
+            )
+        )
         hooks.append(
             module.register_forward_hook(lambda *_: _forget(open_modules), always_call=True)
         )
     tap = _SdpaTap(calls, open_modules)
     try:
-        with _interface_tap(model, calls, tap), tap:
+        with (
+            _interface_tap(model, calls, open_modules, tap),
+            _product_tap(calls, open_modules, tap),
+            tap,
+        ):
             yield calls
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _forget(names: list[str]) -> None:
+def _forget(modules: list[Open]) -> None:
     """Leave a module. A forward hook must return None, or its result replaces the output."""
-    names.pop()
+    modules.pop()
 
 
-def _interface_tap(model: nn.Module, calls: list[Captured], sdpa: _SdpaTap) -> Any:
+@contextmanager
+def _product_tap(calls: list[Captured], open_modules: list[Open], sdpa: _SdpaTap) -> Iterator[None]:
+    """The route of regard's own matrices."""
+    original = Attention.matmul
+
+    def matmul(self: Attention, value: Tensor, *, form: str | None = None) -> Tensor:
+        if not open_modules or sdpa.is_muted:
+            return original(self, value, form=form)
+        with sdpa.muted():
+            output = original(self, value, form=form)
+            here = open_modules[-1]
+            calls.append(here.completed(own.of_product(here.name, self, value, output)))
+        return output
+
+    Attention.matmul = matmul  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Attention.matmul = original  # type: ignore[method-assign]
+
+
+def _interface_tap(
+    model: nn.Module, calls: list[Captured], open_modules: list[Open], sdpa: _SdpaTap
+) -> Any:
     """The interface route, or nothing if no Hugging Face model can be in this process."""
     modeling = sys.modules.get("transformers.modeling_utils")
     interface = getattr(modeling, "AttentionInterface", None)
     if interface is None or not hasattr(interface, "get_interface"):
         return nullcontext()
-    return _wrapped_interface(interface, model, calls, sdpa)
+    return _wrapped_interface(interface, model, (calls, open_modules), sdpa)
 
 
 @contextmanager
 def _wrapped_interface(
-    interface: Any, model: nn.Module, calls: list[Captured], sdpa: _SdpaTap
+    interface: Any,
+    model: nn.Module,
+    lists: tuple[list[Captured], list[Open]],
+    sdpa: _SdpaTap,
 ) -> Iterator[None]:
+    calls, open_modules = lists
     names = {module: name for name, module in model.named_modules()}
     original = interface.get_interface
 
@@ -138,8 +176,10 @@ def _wrapped_interface(
             tensors = (query, key, value)
             call = _read_interface(names[module], tensors, attention_mask, causal, kwargs)
             if isinstance(result[1], Attention):  # of regard, which reads words that others ignore
-                call = replace(call, **_pairs(result[1]))
-            calls.append(replace(call, output=kept(result[0].transpose(1, 2))))
+                call = replace(call, **own.pairs(result[1]))
+            call = replace(call, output=kept(result[0].transpose(1, 2)))
+            here = open_modules[-1] if open_modules else Open("", module, [])
+            calls.append(here.completed(call) if here.module is module else call)
             return result
 
         return attend
@@ -149,20 +189,6 @@ def _wrapped_interface(
         yield
     finally:
         interface.get_interface = original
-
-
-def _pairs(matrix: Attention) -> dict[str, Any]:
-    """The fields of Captured that say which pairs a matrix sees; a triangle needs no tensor."""
-    runs = matrix.runs
-    if runs is None:
-        return {"mask": None, "causal": False}
-    triangle = compile_mask(Causal(), runs.rows, runs.columns, matrix.device)
-    names = ("offsets", "start", "stop")
-    if runs.batch == () and all(
-        torch.equal(getattr(runs, name), getattr(triangle, name)) for name in names
-    ):
-        return {"mask": None, "causal": True}
-    return {"mask": four_axes(runs.keep(slice(None), slice(None))), "causal": False}
 
 
 def _read_interface(
@@ -209,11 +235,16 @@ _SDPA = inspect.signature(scaled_dot_product_attention)
 class _SdpaTap(TorchFunctionMode):
     """Records calls of `F.scaled_dot_product_attention` under the innermost open module's name."""
 
-    def __init__(self, calls: list[Captured], open_modules: list[str]) -> None:
+    def __init__(self, calls: list[Captured], open_modules: list[Open]) -> None:
         super().__init__()
         self._calls = calls
         self._open_modules = open_modules
         self._silent = 0
+
+    @property
+    def is_muted(self) -> bool:
+        """Whether an outer call is being recorded."""
+        return self._silent > 0
 
     @contextmanager
     def muted(self) -> Iterator[None]:
@@ -241,16 +272,17 @@ class _SdpaTap(TorchFunctionMode):
 
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """The call itself, read with torch's signature."""
-        output = F.scaled_dot_product_attention(*args, **kwargs)
+        with self.muted():
+            output = F.scaled_dot_product_attention(*args, **kwargs)
         given = _SDPA.bind(*args, **kwargs)
         given.apply_defaults()
         query, key, value, mask, dropout, causal, scale, _ = given.arguments.values()
         tensors = (four_axes(query), four_axes(key), four_axes(value))
-        call = record(self._open_modules[-1], tensors, mask, dropout=dropout)
+        here = self._open_modules[-1]
+        call = record(here.name, tensors, mask, dropout=dropout)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        self._calls.append(
-            replace(call, scale=scale, causal=causal, output=kept(four_axes(output)))
-        )
+        call = replace(call, scale=scale, causal=causal, output=kept(four_axes(output)))
+        self._calls.append(here.completed(call))
         return output
 
     def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -34,7 +34,8 @@ function statisticTexts(layer, head) {
 
 function buildHeads() {
   const order = /** @type {HTMLSelectElement} */ (element("order"));
-  order.append(make("option", { value: "layer", textContent: "layer and head" }));
+  order.append(make("option", { value: "layer", textContent: "layer and head" }),
+    make("option", { value: "+kind", textContent: "kind" }));
   for (const { id, order: words } of shownStatistics()) {
     order.append(make("option", { value: `-${id}`, textContent: `${words}, most first` }),
       make("option", { value: `+${id}`, textContent: `${words}, least first` }));
@@ -50,9 +51,10 @@ function buildHeads() {
 
 /** @param {Layer} layer @param {number} l @param {number} h */
 function headButton(layer, l, h) {
-  const texts = statisticTexts(layer, h);
+  const texts = statisticTexts(layer, h), kind = kindOf(layer, h);
+  const words = [`kind ${kind}`, ...texts.map(({ text }) => text)].join(", ");
   const button = make("button", { type: "button", className: "thumb" },
-    make("canvas", {}), make("b", { textContent: `L${layer.number} H${h}` }),
+    make("canvas", {}), make("b", { textContent: `L${layer.number} H${h}` }), kindChip(kind),
     ...texts.map(({ id, text }) => {
       const line = make("span", { textContent: text });
       line.dataset.statistic = id;
@@ -60,9 +62,8 @@ function headButton(layer, l, h) {
     }));
   button.dataset.layer = String(l);
   button.dataset.head = String(h);
-  button.title = `L${layer.number} H${h}: ${texts.map(({ text }) => text).join(", ")}\n${layer.name}`;
-  button.setAttribute("aria-label",
-    `Layer ${layer.number} head ${h}: ${texts.map(({ text }) => text).join(", ")}`);
+  button.title = `L${layer.number} H${h}: ${words}\n${layer.name}`;
+  button.setAttribute("aria-label", `Layer ${layer.number} head ${h}: ${words}`);
   button.addEventListener("click", () => select({ layer: l, head: h }));
   return button;
 }
@@ -86,8 +87,13 @@ function orderHeads() {
   const order = /** @type {HTMLSelectElement} */ (element("order")).value, grid = element("heads");
   const id = order.slice(1), sign = order[0] === "-" ? -1 : 1;
   const value = (button) => {
-    const values = page.layers[Number(button.dataset.layer)].statistics[id];
-    return values ? sign * values[Number(button.dataset.head)] : Infinity;
+    const layer = page.layers[Number(button.dataset.layer)], head = Number(button.dataset.head);
+    if (id === "kind") {
+      const kind = kindOf(layer, head), scores = layer.statistics.scores[kind];
+      return KIND_NAMES.indexOf(kind) - (scores ? scores.score[head] : 0);
+    }
+    const values = layer.statistics[id];
+    return values ? sign * values[head] : Infinity;
   };
   const sorted = [...headButtons];
   if (order !== "layer") sorted.sort((a, b) => value(a) - value(b));
@@ -124,10 +130,11 @@ const thumbSize = { size: 0, ratio: 0 };
 function thumbPlane(l, h) {
   const known = thumbs.get(`${l} ${h}`);
   if (known) return known;
-  const layer = page.layers[l];
-  const whole = layer.planes ? bakedPlane(layer, h, "mean", page.array)
-    : cells(layer, h, { top: 0, left: 0, rows: layer.n, columns: layer.m });
-  const plane = pool(whole, Math.ceil(Math.max(whole.rows, whole.columns) / THUMB), "mean");
+  const layer = page.layers[l], longest = Math.max(layer.n, layer.m);
+  const all = { top: 0, left: 0, rows: layer.n, columns: layer.m };
+  const baked = layer.planes && bakedPlane(layer, h, "mean", page.array);
+  const plane = baked ? pool(baked, Math.ceil(Math.max(baked.rows, baked.columns) / THUMB))
+    : blocks(layer, h, false, all, Math.ceil(longest / THUMB)).mean;
   thumbs.set(`${l} ${h}`, plane);
   return plane;
 }

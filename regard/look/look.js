@@ -1,24 +1,11 @@
 // The page: one selection (layer, head, query i, key j) that every panel shows, and its controls.
 
-const raw = JSON.parse(element("data").textContent || "");
-/** @type {Map<number, any>} */
-const unpacked = new Map();
-const page = {
-  ...raw,
-  /** An array of the page by index, unpacked when first used. @param {number | null} index */
-  array(index) {
-    if (index === null) return null;
-    if (!unpacked.has(index)) unpacked.set(index, unpack(raw.arrays[index]));
-    return unpacked.get(index);
-  },
-};
-/** @type {Layer[]} */
-page.layers = raw.layers.map((layer) => openLayer(layer, page.array));
-
-/** The whole state of the page. corner: where the near view is; allKeys: of the worked table. */
+/** The whole state of the page. view: what a zoomed map shows; plane: which pooled cells show;
+ * allKeys: of the worked table; step: of the worked output that is at hand, 0 for all. */
 const state = {
-  layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift",
-  /** @type {{top: number, left: number} | null} */ corner: null, allKeys: false,
+  layer: 0, head: 0, i: 0, j: 0, pinned: false, scale: "lift", plane: "mean",
+  /** @type {View | null} */ view: null, allKeys: false, step: 0,
+  /** @type {any} */ arcs: { share: 50, each: true, sinks: false },
 };
 
 // log2(lift) from 1/16 of uniform to the largest lift that the longest row allows, at most 256.
@@ -54,6 +41,7 @@ function select(change, hover = false) {
   state.head = clamp(state.head, layer.heads);
   state.i = clamp(state.i, layer.n);
   state.j = clamp(state.j, layer.m);
+  if ("i" in change || "j" in change || "layer" in change) follow();
   if (!waiting) requestAnimationFrame(() => { waiting = false; draw(); });
   waiting = true;
 }
@@ -62,11 +50,14 @@ function draw() {
   drawBar();
   markHead();
   drawMap();
-  drawTokens();
-  if (passing) drawWorkedSoon();
-  else drawWorked();
+  drawKinds();
+  if (passing) {
+    if (isShort()) drawTokens();
+    drawRestSoon();
+  } else drawRest();
   writeHash();
-  document.body.dataset.state = JSON.stringify({ ...state, corner: undefined });
+  document.body.dataset.state = JSON.stringify(state);
+  performance.mark("drawn");
 }
 
 function drawBar() {
@@ -98,8 +89,8 @@ function drawLegend() {
     context.fillStyle = css(rampColour(x / (width - 1)));
     context.fillRect(x, 0, 1, 12);
   }
-  const middle = state.scale === "lift" ? -low / (high - low) : 0.5;
-  const words = state.scale === "lift" ? ["≤ 1/16", "uniform", `≥ ${2 ** high}× uniform`]
+  const middle = state.scale !== "weight" ? -low / (high - low) : 0.5;
+  const words = state.scale !== "weight" ? ["≤ 1/16", "uniform", `≥ ${2 ** high}× uniform`]
     : ["weight 0", "0.5", "1"];
   const labels = words.map((textContent, at) => {
     const label = make("span", { textContent });
@@ -121,7 +112,7 @@ function writeHeader() {
   const shown = tokens.labels.length || first.m;
   const facts = [`${layers.length} ${layers.length === 1 ? "layer" : "layers"} × ${heads} heads`,
     shown < tokens.total ? `${shown} of ${tokens.total} tokens` : `${shown} tokens`,
-    `${first.d} numbers per query and key`];
+    first.d ? `${first.d} numbers per query and key` : "no queries or keys, positions alone"];
   if (pooling) facts.push(`the model’s sentence vector is ${pooling}`);
   element("facts").textContent = facts.join(" · ");
   element("proof").textContent = change === null ? "No model ran here: these are arrays."
@@ -133,7 +124,7 @@ function writeHeader() {
   const all = [...notes];
   if (precision.weightError !== null) {
     all.push("Numbers in this page are rounded to float16; the largest error of any weight is "
-      + `${number(precision.weightError)}.`);
+      + `${number(precision.weightError)}${precision.allRows ? "" : ", in evenly spread rows"}.`);
   }
   if (layers.some((layer) => layer.planes)) {
     all.push(`The whole maps are pooled in blocks of ${first.planes.size} × ${first.planes.size} `
@@ -152,8 +143,12 @@ function writeHash() {
   // has no address of its own.
   if (location.protocol === "about:") return;
   writeHash.timer = setTimeout(() => {
-    const { layer, head, i, j, pinned, scale } = state;
-    const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`;
+    const { layer, head, i, j, pinned, scale, view, plane, arcs } = state;
+    const edges = `${arcs.share}${arcs.each ? "" : ",all"}${arcs.sinks ? ",nosinks" : ""}`;
+    const zoomed = view ? `&top=${view.top}&left=${view.left}&span=${view.span}` : "";
+    const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`
+      + (plane === "max" ? "&plane=max" : "") + zoomed
+      + (state.step ? `&step=${state.step}` : "") + (edges === "50" ? "" : `&arcs=${edges}`);
     if (location.hash !== hash) history.replaceState(null, "", hash);
   }, 200);
 }
@@ -166,7 +161,15 @@ function readHash() {
     if (given.has(name)) state[name] = Number(given.get(name));
   }
   state.pinned = given.get("pin") === "1";
-  state.scale = given.get("scale") === "weight" ? "weight" : "lift";
+  const scale = given.get("scale") || "";
+  state.scale = ["weight", "value"].includes(scale) ? scale : "lift";
+  state.step = Math.max(0, Math.min(TAUGHT.length, Math.trunc(Number(given.get("step"))) || 0));
+  const [edges, ...options] = (given.get("arcs") || "50").split(",");
+  Object.assign(state.arcs, { share: Math.max(5, Math.min(95, Number(edges) || 50)),
+    each: !options.includes("all"), sinks: options.includes("nosinks") });
+  state.plane = given.get("plane") === "max" ? "max" : "mean";
+  const [top, left, span] = ["top", "left", "span"].map((name) => Number(given.get(name)));
+  state.view = span > 0 ? { top: top || 0, left: left || 0, span } : null;
   const radio = document.querySelector(`input[name="scale"][value="${state.scale}"]`);
   if (radio instanceof HTMLInputElement) radio.checked = true;
 }
@@ -200,16 +203,32 @@ const STEPS = {
   p: () => ({ pinned: !state.pinned }), Enter: () => ({ pinned: true }),
   Escape: () => ({ pinned: false }),
 };
+/** Keys that act at once instead of changing the selection. */
+const ACTS = {
+  "+": () => element("zoom-in").click(), "=": () => element("zoom-in").click(),
+  "-": () => element("zoom-out").click(), "0": () => element("zoom-whole").click(),
+  "1": () => element("zoom-cells").click(), e: focusSaving,
+  n: () => goStep(1), b: () => goStep(-1), "/": () => element("find").focus(),
+};
+
+/** Put the focus on the buttons that save the panel at hand, the map's if none is. */
+function focusSaving() {
+  const section = document.activeElement?.closest("section, .halves > div");
+  const box = section?.querySelector(".save") || document.querySelector('.save[data-panel="map"]');
+  /** @type {HTMLElement | null} */ (box && box.querySelector("button"))?.focus();
+}
 
 /** @param {KeyboardEvent} event */
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in STEPS)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!(event.key in STEPS) && !(event.key in ACTS)) return;
   const target = /** @type {HTMLElement} */ (event.target);
   if (event.key !== "Escape" && target.matches("input, select, summary")) return;
   if (event.key === "Enter" && target.matches("button, a")) return;
   event.preventDefault();
   hideTip();
-  select(STEPS[/** @type {keyof typeof STEPS} */ (event.key)]());
+  if (event.key in ACTS) ACTS[/** @type {keyof typeof ACTS} */ (event.key)]();
+  else select(STEPS[/** @type {keyof typeof STEPS} */ (event.key)]());
 }
 
 /** A handler that runs once things have been quiet for a moment. @param {() => void} action */
@@ -218,7 +237,22 @@ function soon(action) {
   return () => { clearTimeout(timer); timer = setTimeout(action, 120); };
 }
 
-const drawWorkedSoon = soon(drawWorked);
+/** Whether the words are so few that they may follow every step of the pointer. */
+function isShort() {
+  const layer = page.layers[state.layer];
+  return Math.max(layer.n, layer.m) <= 128;
+}
+
+/** What takes longer than a passing pointer should wait for. */
+function drawRest() {
+  drawTokens();
+  drawTotals();
+  drawImage();
+  drawRollout();
+  drawArcs();
+  drawWorked();
+}
+const drawRestSoon = soon(drawRest);
 
 function repaint() {
   drawLegend();
@@ -247,14 +281,20 @@ function start() {
       repaint();
     });
   }
+  element("scale-value").hidden = !page.layers.some((layer) => layer.value);
   addEventListener("keydown", onKey);
-  addEventListener("hashchange", () => { readHash(); select({}); });
+  addEventListener("hashchange", () => { readHash(); select({ layer: state.layer }); });
   dark.addEventListener("change", () => { tone = dark.matches ? "dark" : "light"; repaint(); });
   drawLegend();
   buildHeads();
   buildMap();
   buildWorked();
-  select({});
+  buildArcs();
+  buildImage();
+  buildSaving();
+  buildHighlight();
+  buildFind();
+  select({ layer: state.layer }, !isShort());
 }
 
 start();

@@ -10,7 +10,25 @@ from regard.look.payload import payload
 from regard.look.scene import Scene
 
 # In this order: each file may use what the ones before it define.
-SCRIPTS = ("attend.js", "paint.js", "heads.js", "map.js", "tokens.js", "worked.js", "look.js")
+SCRIPTS = (
+    "attend.js",
+    "tiles.js",
+    "numbers.js",
+    "paint.js",
+    "kinds.js",
+    "heads.js",
+    "map.js",
+    "tokens.js",
+    "steps.js",
+    "worked.js",
+    "figure.js",
+    "arcs.js",
+    "rollout.js",
+    "image.js",
+    "hover.js",
+    "panels.js",
+    "look.js",
+)
 
 # The page cannot reach a network even if it wanted to: everything not named here is refused.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

@@ -97,24 +97,34 @@ function packed([red, green, blue]) {
   return ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 }
 
-/** A vector as a strip of signed colours; hovering tells a number.
- * @param {ArrayLike<number>} numbers @param {number} largest full colour @param {string} name */
-function strip(numbers, largest, name) {
-  const canvas = document.createElement("canvas"), count = numbers.length;
+/** A vector as a strip of signed colours; hovering tells a number. Where `most` cells are fewer than
+ * the numbers, a cell is the largest of its group.
+ * @param {ArrayLike<number>} numbers @param {number} largest full colour @param {string} name
+ * @param {number} most */
+function strip(numbers, largest, name, most = Infinity) {
+  const canvas = document.createElement("canvas"), group = Math.ceil(numbers.length / most) || 1;
+  const count = Math.ceil(numbers.length / group);
   const cell = Math.max(1, Math.floor(144 / count)), palette = SIGNED[tone];
   const context = fit(canvas, cell * count, 14);
+  const place = (c) => {
+    let best = c * group;
+    for (let at = best; at < Math.min(numbers.length, (c + 1) * group); at++) {
+      if (Math.abs(numbers[at]) > Math.abs(numbers[best])) best = at;
+    }
+    return best;
+  };
   for (let c = 0; c < count; c++) {
-    const amount = Math.min(1, Math.abs(numbers[c]) / (largest || 1));
-    const end = numbers[c] < 0 ? palette.below : palette.above;
+    const value = numbers[place(c)], amount = Math.min(1, Math.abs(value) / (largest || 1));
+    const end = value < 0 ? palette.below : palette.above;
     context.fillStyle = css(palette.zero.map((x, k) => Math.round(x + amount * (end[k] - x))));
     context.fillRect(c * cell, 0, cell, 14);
   }
   canvas.className = "strip";
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `${name}: ${count} numbers up to ${number(largest)}`);
+  canvas.setAttribute("aria-label", `${name}: ${numbers.length} numbers up to ${number(largest)}`);
   canvas.addEventListener("mousemove", (event) => {
-    const c = Math.min(count - 1, Math.max(0, Math.floor(event.offsetX / cell)));
-    tip(event, `${name}[${c}] = ${number(numbers[c])}`);
+    const at = place(Math.min(count - 1, Math.max(0, Math.floor(event.offsetX / cell))));
+    tip(event, `${name}[${at}] = ${number(numbers[at])}`);
   });
   canvas.addEventListener("mouseleave", hideTip);
   return canvas;

@@ -7,52 +7,30 @@ map is two pooled planes per head, computed here in tiles.
 
 from __future__ import annotations
 
-import base64
-import ctypes
-import hashlib
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.errors import ShapeError
-from regard.form.looks import Pool, Statistics
+from regard.form.looks import Pool
+from regard.look import kinds, visible
 from regard.look.record import Captured
-from regard.look.scene import Scene
+from regard.look.scene import Scene, Tokens
+from regard.look.statistics import HeadStatistics, of_call
+from regard.look.store import Store
 from regard.matrix import Attention
 
 SINGLE_BYTES = 16 * 2**20  # up to here float32 travels, beyond it float16
 PAGE_BYTES = 64 * 2**20  # browsers open larger pages, but slowly, and mail does not carry them
 POOLED_ABOVE = 1024
+SIGNS_PER_BYTE = 16 / 13  # at most: arrays are also deflated, which no estimate counts on
 _PLANE_CELLS = 160  # a plane has at most this many blocks per side
+ROWS_COMPARED = 2048  # of a long input, for the error that rounding makes
 _ROWS = 256  # rows per tile where weights are compared
-
-
-@dataclass
-class Store:
-    """Typed arrays as base64; equal arrays (a mask shared by all layers) are kept once."""
-
-    arrays: list[dict[str, str]] = field(default_factory=list)
-    known: dict[str, int] = field(default_factory=dict)
-
-    def add(self, tensor: Tensor | None) -> int | None:
-        """The index of a tensor in the page, or None for None."""
-        if tensor is None:
-            return None
-        kinds = {torch.float32: "f4", torch.float16: "f2", torch.int32: "i4", torch.uint8: "u1"}
-        kind = kinds[tensor.dtype]
-        flat = tensor.detach().cpu().contiguous()
-        # Not tensor.numpy(): torch may be installed without NumPy.
-        raw = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.itemsize)
-        digest = hashlib.sha256(kind.encode() + raw).hexdigest()
-        if digest not in self.known:
-            self.known[digest] = len(self.arrays)
-            self.arrays.append({"type": kind, "data": base64.b64encode(raw).decode()})
-        return self.known[digest]
 
 
 def payload(scene: Scene) -> dict[str, Any]:
@@ -61,8 +39,10 @@ def payload(scene: Scene) -> dict[str, Any]:
     Raises ShapeError if the page would be larger than `PAGE_BYTES`, naming what would fit.
     """
     assert sys.byteorder == "little", "typed arrays in a page are little-endian"
-    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call))
+    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, True))
     dtype = torch.float32 if 4 * numbers <= SINGLE_BYTES else torch.float16
+    if dtype == torch.float16:  # inputs and outputs stay behind; outputs are compared here
+        numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, False))
     _check_size(scene, numbers * dtype.itemsize)
     store, worst = Store(), 0.0
     layers = []
@@ -70,7 +50,7 @@ def payload(scene: Scene) -> dict[str, Any]:
         rounded = _rounded(call, dtype)
         if dtype == torch.float16:
             worst = max(worst, _weight_error(call, rounded))
-        layers.append(_layer(call, rounded, dtype, scene.tokens.special, store))
+        layers.append(_layer(call, rounded, dtype, scene.tokens, store))
     tokens = scene.tokens
     return {
         "title": scene.title,
@@ -84,17 +64,30 @@ def payload(scene: Scene) -> dict[str, Any]:
         "notes": scene.notes,
         "pooling": scene.pooling,
         "dtype": scene.dtype,
+        "image": _image(scene),
         "precision": {
             "travels": str(dtype).removeprefix("torch."),
             "weightError": worst if dtype == torch.float16 else None,
+            "allRows": all(call.query.shape[2] <= ROWS_COMPARED for call in scene.captured),
         },
+        "kinds": [asdict(kind) for kind in kinds.KINDS],
+        "aboveChance": kinds.ABOVE_CHANCE,
         "layers": layers,
         "arrays": store.arrays,
     }
 
 
-def _travelling(call: Captured) -> list[Tensor]:
-    tensors = [call.query, call.key, call.value, call.output, _bias(call)[1]]
+def _image(scene: Scene) -> dict[str, Any] | None:
+    image = scene.image
+    if image is None:
+        return None
+    places = {name: getattr(image, name) for name in ("rows", "columns", "prefix", "length")}
+    return {**places, "png": image.png()}
+
+
+def _travelling(call: Captured, outputs: bool) -> list[Tensor]:
+    tensors = [call.query, call.key, call.value, _bias(call)[1]]
+    tensors += [call.output, call.inputs] if outputs else []
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -105,7 +98,7 @@ def _check_size(scene: Scene, size: int) -> None:
         for call in calls
         if _length(call) > POOLED_ABOVE
     )
-    spent, allowed = (size + pooled) * 4 / 3, PAGE_BYTES
+    spent, allowed = (size + pooled) * SIGNS_PER_BYTE, PAGE_BYTES
     if spent <= allowed:
         return
     length = max(map(_length, calls))
@@ -124,7 +117,7 @@ def _check_size(scene: Scene, size: int) -> None:
 
 def _tokens_that_fit(size: float, pooled: float, length: int) -> int:
     """How many tokens fit if `length` take `size` bytes, with or without `pooled` planes."""
-    allowed = PAGE_BYTES * 3 / 4
+    allowed = PAGE_BYTES / SIGNS_PER_BYTE
     plain = min(POOLED_ABOVE, int(length * allowed / size))
     return max(1, plain, int(length * (allowed - pooled) / size))
 
@@ -137,7 +130,7 @@ def _rounded(call: Captured, dtype: torch.dtype) -> Captured:
     """The call with the numbers that travel, so that the page's rows sum to 1 exactly."""
     if dtype == torch.float32:
         return call
-    largest = max(float(tensor.abs().max()) for tensor in _travelling(call))
+    largest = max(float(x.abs().max()) for x in _travelling(call, False) if x.numel())
     if largest > torch.finfo(dtype).max:
         raise ShapeError(
             f"layer '{call.name}' holds {largest:g}, which float16 cannot; look at fewer tokens "
@@ -154,33 +147,36 @@ def _rounded(call: Captured, dtype: torch.dtype) -> Captured:
         key=key,
         value=through(call.value),
         bias=through(call.bias),
-        output=through(call.output),
     )
 
 
 def _weight_error(call: Captured, rounded: Captured) -> float:
-    """The largest difference that rounding makes to any weight, over all rows and heads."""
+    """The largest difference that rounding makes to any weight of the rows that are compared.
+
+    All rows, or of a long input evenly spread ones.
+    """
     exact, near = call.matrix, rounded.matrix
     worst = 0.0
-    for start in range(0, call.query.shape[2], _ROWS):
-        rows = slice(start, start + _ROWS)
-        worst = max(worst, float((_weights(exact, rows) - _weights(near, rows)).abs().max()))
+    rows = torch.arange(0, call.query.shape[2], -(-call.query.shape[2] // ROWS_COMPARED))
+    for some in rows.split(_ROWS):
+        worst = max(worst, float((_weights(exact, some) - _weights(near, some)).abs().max()))
     return worst
 
 
-def _weights(matrix: Attention, rows: slice) -> Tensor:
+def _weights(matrix: Attention, rows: Tensor) -> Tensor:
     taken = matrix[..., rows, :]
-    # A slice that takes every row is still the lazy matrix.
-    return taken if isinstance(taken, Tensor) else taken.dense()
+    assert isinstance(taken, Tensor)
+    return taken
 
 
 def _layer(
-    call: Captured, rounded: Captured, dtype: torch.dtype, special: Sequence[bool], store: Store
+    call: Captured, rounded: Captured, dtype: torch.dtype, tokens: Tokens, store: Store
 ) -> dict[str, Any]:
     _, heads, n, d = call.query.shape
     kv_heads, m = call.key.shape[1:3]
+    single = dtype == torch.float32
     toeplitz, bias = _bias(rounded)
-    spans, bits = _visible(call)
+    spans, bits = visible.spans_or_bits(call)
     size = _plane_size(call) if _length(call) > POOLED_ABOVE else None
     found = call.matrix.statistics(pool=size)
     logsumexp = found.logsumexp if rounded is call else rounded.matrix.logsumexp()
@@ -189,7 +185,7 @@ def _layer(
         return store.add(None if tensor is None else tensor.to(dtype))
 
     return {
-        "name": call.name,
+        "name": call.name or "the model itself",
         "number": call.number,
         "route": call.route,
         "heads": heads,
@@ -200,20 +196,43 @@ def _layer(
         "e": 0 if call.value is None else call.value.shape[-1],
         "scale": call.scale,
         "softcap": call.softcap,
+        "formula": call.formula,
         "causal": call.causal,
         "query": kept(call.query),
         "key": kept(call.key),
         "value": kept(call.value),
-        "output": kept(call.output),
+        "output": kept(call.output) if single else None,
+        "inputs": kept(call.inputs) if single else None,
+        "width": 0 if call.inputs is None else call.inputs.shape[-1],
+        "madeBy": call.made_by,
+        "gap": None if single else store.add(_gap(call)),
         "logsumexp": store.add(logsumexp.float()),
         "sinks": store.add(call.sinks),
         "spans": store.add(spans),
         "bits": store.add(bits),
         "bias": kept(bias),
         "biasToeplitz": toeplitz,
-        "statistics": _statistics(call, found, special),
+        "received": None if size is None else kept(found.received[0]),
+        "moved": None if size is None else kept(_moved(rounded)),
+        "statistics": _statistics(of_call(call, tokens, found)),
         "planes": None if size is None else _planes(call, found.pool, size, store),
     }
+
+
+def _gap(call: Captured) -> Tensor | None:
+    """The largest difference in each row between the model's output and A v, [heads, n]."""
+    if call.value is None or call.output is None:
+        return None
+    found: Tensor = call.matrix @ call.value
+    return (found - call.output).abs().amax(-1)[0]
+
+
+def _moved(call: Captured) -> Tensor | None:
+    """sum_j alpha_ij |v_j|, [heads, n]: what the view of values divides by."""
+    if call.value is None:
+        return None
+    found: Tensor = call.matrix @ call.value.norm(dim=-1, keepdim=True)
+    return found[0, ..., 0]
 
 
 def _bias(call: Captured) -> tuple[bool, Tensor | None]:
@@ -230,67 +249,6 @@ def _bias(call: Captured) -> tuple[bool, Tensor | None]:
     return False, bias
 
 
-def _visible(call: Captured) -> tuple[Tensor | None, Tensor | None]:
-    """(spans, bits): [n, 2] first and last + 1 visible key per row, or packed bits, or neither."""
-    n, m = call.query.shape[2], call.key.shape[2]
-    if call.mask is None:
-        if not call.causal:
-            return None, None
-        stop = torch.arange(1, n + 1, dtype=torch.int32).clamp(max=m)
-        return torch.stack([torch.zeros_like(stop), stop], dim=-1), None
-    keep = _keep(call)
-    if keep.shape[0] == 1 or bool((keep == keep[:1]).all()):
-        only = keep[0].to(torch.uint8)
-        count = only.sum(-1, dtype=torch.int32)
-        first = only.argmax(-1).to(torch.int32)
-        stop = m - only.flip(-1).argmax(-1).to(torch.int32)
-        if bool(((stop - first == count) | (count == 0)).all()):
-            stop = torch.where(count == 0, first, stop)
-            return torch.stack([first, stop], dim=-1), None
-        keep = keep[:1]
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -m % 8))
-    powers = 2 ** torch.arange(8, dtype=torch.uint8)
-    return None, (padded.reshape(*padded.shape[:-1], -1, 8) * powers).sum(-1, dtype=torch.uint8)
-
-
-def _keep(call: Captured) -> Tensor:
-    """Mask and causal triangle together, boolean [1 or heads, n, m]; the call has a mask."""
-    assert call.mask is not None
-    n, m = call.query.shape[2], call.key.shape[2]
-    keep = call.mask[0].expand(call.mask.shape[1], n, m)
-    return keep & (torch.arange(m) <= torch.arange(n)[:, None]) if call.causal else keep
-
-
-def _statistics(
-    call: Captured, found: Statistics, special: Sequence[bool]
-) -> dict[str, list[float] | None]:
-    """Per head, averaged over the rows that see any key.
-
-    keys: exp(entropy), the effective number of keys;  distance: mean |i - j|
-    first: mass on key 0;  special: mass on the tokenizer's own tokens, or None without any
-    sink: mass on a learned sink that has no token, or None without one
-    """
-    rows = found.logsumexp[0].isfinite()  # [heads, n]
-    count = rows.sum(-1).clamp(min=1)
-
-    def mean(per_row: Tensor) -> list[float]:
-        kept = torch.where(rows, per_row, 0)
-        return [float(x) for x in kept.sum(-1) / count]
-
-    received = found.received[0]  # [heads, m]
-    marked = torch.tensor(list(special), dtype=torch.bool)
-    on_special = None
-    if marked.any() and len(marked) == received.shape[-1]:
-        on_special = [float(x) for x in received[:, marked].sum(-1) / count]
-    return {
-        "keys": mean(found.entropy[0].exp()),
-        "distance": mean(found.distance[0]),
-        "first": [float(x) for x in received[:, 0] / count],
-        "special": on_special,
-        "sink": None if call.sinks is None else [float(x) for x in 1 - received.sum(-1) / count],
-    }
-
-
 def _plane_size(call: Captured) -> int:
     """The side of a plane's blocks."""
     return 8 * math.ceil(_length(call) / _PLANE_CELLS / 8)
@@ -302,7 +260,7 @@ def _planes(call: Captured, pool: Pool | None, size: int, store: Store) -> dict[
     float16 keeps three digits of a mean; weights below 6e-8 become 0, a lift of 2e-4 at 4096.
     """
     assert pool is not None
-    share = _visible_share(call, size)  # [1 or heads, rows, columns]
+    share = visible.share(call, size)  # [1 or heads, rows, columns]
     mean = pool.mean[0] / share
     largest = torch.where(share > 0, pool.max[0], torch.nan)
     return {
@@ -314,22 +272,15 @@ def _planes(call: Captured, pool: Pool | None, size: int, store: Store) -> dict[
     }
 
 
-def _visible_share(call: Captured, size: int) -> Tensor:
-    """The share of each block's cells that the mask lets be seen."""
-    n, m = call.query.shape[2], call.key.shape[2]
-    starts = torch.arange(0, m, size)
-    stops: Tensor = (starts + size).clamp(max=m)
-    spans, bits = _visible(call)
-    if bits is not None:
-        sums = torch.nn.functional.pad(_keep(call).int().cumsum(-1), (1, 0))
-        seen = sums[..., stops] - sums[..., starts]  # [1 or heads, n, columns]
-    elif spans is None:
-        return torch.ones(1, math.ceil(n / size), len(starts))
-    else:
-        first, stop = spans[:, :1], spans[:, 1:]
-        seen = (torch.minimum(stop, stops) - torch.maximum(first, starts)).clamp(min=0)[None]
-    rows = torch.nn.functional.pad(seen.float(), (0, 0, 0, -n % size))
-    total = rows.reshape(rows.shape[0], -1, size, rows.shape[-1]).sum(2)
-    heights = torch.full((total.shape[1], 1), float(size))
-    heights[-1] = n - size * (total.shape[1] - 1)
-    return total / (heights * (stops - starts))
+def _statistics(found: HeadStatistics) -> dict[str, Any]:
+    """Lists of one number per head; None where a call has no such number."""
+    numbers = {
+        name: None if tensor is None else tensor.tolist()
+        for name, tensor in vars(found).items()
+        if tensor is None or isinstance(tensor, Tensor)
+    }
+    scores = {
+        x.kind.name: {"score": x.score.tolist(), "chance": x.chance.tolist(), "queries": x.queries}
+        for x in found.scores
+    }
+    return {**numbers, "kinds": found.kinds, "scores": scores}

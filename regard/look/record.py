@@ -42,7 +42,7 @@ class Captured:
 
     name: the module's name inside the model
     number: its place among all attention calls of the model, counted from 0
-    route: "interface", "sdpa" or "arrays"; how it was read
+    route: "interface", "sdpa", "regard" or "arrays"; how it was read
     query: [batch, heads, n, d];  key: [batch, kv_heads, m, d], head h reads key head
         h // (heads // kv_heads);  value: [batch, kv_heads, m, e] or None
     mask: boolean, broadcasts to [batch, heads, n, m], True = may attend; None = all visible
@@ -52,6 +52,12 @@ class Captured:
     sinks: [heads], one logit per head that has no key and no value, or None
     output: [batch, heads, n, e], what the model itself computed, before its output projection;
         None where the model never held it as one tensor
+    formula: of a matrix of regard's: the score whose logits are in `bias`, if it is no scaled dot
+        product, or the normalizer, if it is not softmax
+    inputs: [batch, n, d_model], the vectors that the module was given, or None if unknown
+    made_by: for query, key and value the linear layer of the module that made it of the inputs,
+        "" where none did
+    given: of a matrix of regard's under another normalizer than softmax: itself
     """
 
     name: str
@@ -67,10 +73,16 @@ class Captured:
     softcap: float | None = None
     output: Tensor | None = None
     number: int = 0
+    formula: str = ""
+    inputs: Tensor | None = None
+    made_by: tuple[str, str, str] = ("", "", "")
+    given: Attention | None = None
 
     @property
     def matrix(self) -> Attention:
         """The attention matrix of this call, lazily: shape [batch, heads, n, m]."""
+        if self.given is not None:
+            return self.given
         mask: Mask | None = Causal(0) if self.causal else None
         if self.mask is not None:
             mask = Dense(self.mask) if mask is None else mask & Dense(self.mask)
@@ -105,6 +117,8 @@ class Captured:
             bias=pick(self.bias),
             sinks=None if self.sinks is None else self.sinks.float().cpu(),
             output=pick(self.output),
+            inputs=pick(self.inputs),
+            given=None,  # what a page shows needs none
         )
 
 
@@ -176,3 +190,25 @@ def four_axes(tensor: Tensor) -> Tensor:
 def kept(tensor: Tensor) -> Tensor:
     """A copy of its own: a view into a fused qkv would keep three times its size alive."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def pair_weights(call: Captured, logsumexp: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The weights of single pairs, whatever the mask says: [heads, pairs] in float32.
+
+    logsumexp: [heads, n];  i, j: [pairs]
+    Cost: pairs x d products per head, in pieces of at most 2**22 numbers.
+    """
+    heads, n, d = call.query.shape[1:]
+    m = call.key.shape[2]
+    step = max(1, 2**22 // max(1, heads * d))
+    parts = []
+    for at in range(0, len(i), step):
+        rows, columns = i[at : at + step], j[at : at + step]
+        key = call.key[0, :, columns].repeat_interleave(heads // call.key.shape[1], 0)
+        logits = (call.query[0, :, rows] * key).sum(-1) * call.scale
+        if call.softcap:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        if call.bias is not None:
+            logits = logits + call.bias[0].expand(call.bias.shape[1], n, m)[:, rows, columns]
+        parts.append((logits - logsumexp[:, rows]).exp())
+    return torch.cat(parts, -1) if parts else torch.zeros(heads, 0)

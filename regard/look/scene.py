@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
 from regard.look.capture import capture
+from regard.look.image import Image, of_inputs
 from regard.look.record import Captured, CaptureError
 
 
@@ -51,6 +52,7 @@ class Scene:
     notes: sentences the reader must know, such as which part of a long text is shown
     pooling: how the model makes one vector of its token vectors, if its files say so
     dtype: what the model computed in
+    image: the picture that the model was given, if its tokens are patches of one
     """
 
     title: str
@@ -60,6 +62,7 @@ class Scene:
     notes: tuple[str, ...] = ()
     pooling: str | None = None
     dtype: str = "float32"
+    image: Image | None = None
 
 
 def of_model(
@@ -86,22 +89,27 @@ def of_model(
         plain = _run(model, inputs)
         with capture(model) as calls:
             seen = _run(model, inputs)
-    if not calls:
-        raise CaptureError(
-            f"{type(model).__name__} ran, but none of its attention could be recorded. Readable "
-            "are Hugging Face models that use AttentionInterface and any module that calls "
-            "F.scaled_dot_product_attention or nn.MultiheadAttention. Attention code of a "
-            "model's own can be looked at as arrays: look({'query': q, 'key': k, 'value': v})."
-        )
+    calls = _readable(type(model).__name__, calls)
+    image = of_inputs(model, inputs, calls[0].key.shape[2])
+    if image is not None and tokens is None:
+        tokens = Tokens.of_labels(image.labels())
+        tokens = replace(tokens, special=tuple(at < image.prefix for at in range(image.length)))
     batch = calls[0].query.shape[0]
-    notes = (f"The input was a batch of {batch}; this is its first sequence.",) if batch > 1 else ()
+    notes = [f"The input was a batch of {batch}; this is its first sequence."] if batch > 1 else []
+    notes += [
+        f"Not shown: {call.number} {call.name}, which {call.formula} normalizes, not softmax."
+        for call in calls
+        if call.given is not None
+    ]
+    calls = [call for call in calls if call.given is None]
     return Scene(
         title=title or type(model).__name__,
         captured=tuple(call.item(0) for call in _chosen(calls, layers)),
         tokens=_checked(tokens, calls),
         change=_largest_change(plain, seen),
-        notes=notes,
+        notes=tuple(notes),
         dtype=str(calls[0].query.dtype).removeprefix("torch."),
+        image=image,
     )
 
 
@@ -170,9 +178,35 @@ def _array_calls(stacks: Mapping[str, Tensor], causal: bool) -> list[Captured]:
             mask=None,
             scale=float(query.shape[-1]) ** -0.5,
             causal=causal,
+            number=index,
         )
         for index, query in enumerate(stacks["query"])
     ]
+
+
+def _readable(name: str, calls: Sequence[Captured]) -> list[Captured]:
+    """The calls with their numbers; raises CaptureError if there is nothing that a page shows."""
+    if not calls:
+        raise CaptureError(
+            f"{name} ran, but none of its attention could be recorded. Readable are Hugging Face "
+            "models that use AttentionInterface, any module that calls "
+            "F.scaled_dot_product_attention or nn.MultiheadAttention, layers of regard.nn, and "
+            "other products with matrices of regard's. Attention code of a model's own can be "
+            "looked at as arrays: look({'query': q, 'key': k, 'value': v})."
+        )
+    if empty := [call for call in calls if 0 in (*call.query.shape[:3], *call.key.shape[:3])]:
+        raise CaptureError(
+            f"layer '{empty[0].name}' of {name} compares {tuple(empty[0].query.shape)} queries "
+            f"with {tuple(empty[0].key.shape)} keys, so there is no weight to look at; give an "
+            "input of at least one token"
+        )
+    if all(call.given is not None for call in calls):
+        raise CaptureError(
+            f"every attention of {name} is normalized by {calls[0].formula}, and a page shows "
+            "softmax weights. In Python: with regard.look's capture(model) as calls, each call's "
+            "matrix has rows, topk, received, pool and statistics."
+        )
+    return [replace(call, number=number) for number, call in enumerate(calls)]
 
 
 def _run(model: nn.Module, inputs: Any) -> Any:
@@ -187,13 +221,16 @@ def _run(model: nn.Module, inputs: Any) -> Any:
 
 
 def _chosen(calls: Sequence[Captured], layers: Sequence[int] | None) -> tuple[Captured, ...]:
-    numbered = [replace(call, number=number) for number, call in enumerate(calls)]
     if layers is None:
-        return tuple(numbered)
-    if wrong := [layer for layer in layers if not 0 <= layer < len(calls)]:
+        return tuple(calls)
+    numbered = {call.number: call for call in calls}
+    if wrong := [layer for layer in layers if layer not in numbered]:
+        known = f"0 to {len(calls) - 1}"
+        if list(numbered) != list(range(len(calls))):
+            known = ", ".join(map(str, numbered))
         raise ShapeError(
             f"layers {', '.join(map(str, wrong))} were asked for; the numbers of attention layers "
-            f"here are 0 to {len(calls) - 1}"
+            f"here are {known}"
         )
     return tuple(numbered[layer] for layer in sorted(set(layers)))
 

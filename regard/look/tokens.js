@@ -5,19 +5,20 @@ const TEXT_AROUND = 150;  // tokens of text shown on each side of the selection
 
 function drawTokens() {
   const layer = page.layers[state.layer], { head, i, j } = state;
-  const row = rowWeights(layer, head, i), keys = visibleKeys(layer, head, i);
+  const ofValues = state.scale === "value" && Boolean(layer.value);
+  const row = rowWeights(layer, head, i, ofValues), keys = visibleKeys(layer, head, i);
   const sent = {
-    weights: row, lifts: row.map((weight) => weight * keys), length: layer.m, chosen: j,
-    title: `Sent: query ${tokenName(i, layer.n)} attends to`,
+    weights: row, lifts: row.map((weight) => weight * keys), length: layer.m, chosen: j, axis: "key",
+    title: `Sent: query ${tokenName(i, layer.n)} ${ofValues ? "moves by α |v| of" : "attends to"}`,
     pick: (at) => select({ j: at, pinned: true }),
     pair: (at) => pairWords(layer, head, i, at),
-    rest: layer.sinks ? sinkWords(layer, head, i) : "",
+    rest: `${rowSinkShare(layer, row)} ${layer.sinks ? sinkWords(layer, head, i) : ""}`,
   };
-  const column = columnWeights(layer, head, j);
+  const column = columnWeights(layer, head, j, ofValues);
   const received = {
-    weights: column, length: layer.n, chosen: i, rest: "",
+    weights: column, length: layer.n, chosen: i, axis: "query", rest: "",
     lifts: column.map((weight, at) => weight * visibleKeys(layer, head, at)),
-    title: `Received: key ${tokenName(j, layer.m)} is attended to by`,
+    title: `Received: key ${tokenName(j, layer.m)} ${ofValues ? "moves" : "is attended to by"}`,
     pick: (at) => select({ i: at, pinned: true }),
     pair: (at) => pairWords(layer, head, at, j),
   };
@@ -58,6 +59,7 @@ function text(view) {
     const span = make("button",
       { type: "button", tabIndex: -1, textContent: tokenLabel(at, view.length) });
     const masked = Number.isNaN(view.weights[at]);
+    span.dataset[view.axis] = String(at);
     span.className = `word${masked ? " masked" : ""}${at === view.chosen ? " chosen" : ""}`;
     if (!masked) {
       const colour = rampColour(share(view.weights[at], view.lifts[at]));
@@ -120,6 +122,7 @@ function bars(view) {
       make("span", { className: "index", textContent: String(at) }),
       make("span", { className: masked ? "track masked" : "track" }, fill),
       make("span", { className: "amount", textContent: masked ? "masked" : shortWeight(weight) }));
+    bar.dataset[view.axis] = String(at);
     bar.addEventListener("click", () => view.pick(at));
     bar.addEventListener("mousemove", (event) => tip(event, view.pair(at)));
     bar.addEventListener("mouseleave", hideTip);

@@ -24,18 +24,22 @@ function drawWorked() {
     `One output, worked: b of ${tokenName(i, layer.n)}`;
   element("worked").replaceChildren(
     make("p", { className: "formula" }, formula(layer)),
-    queryLine(layer, head, i),
+    ...(layer.inputs ? [atStep(1, inputLine(layer, i))] : []),
+    ...(layer.d ? [atStep(2, queryLine(layer, head, i))] : []),
     make("div", { className: "scroll" }, workedTable(layer, head, i, result, keys)),
-    ...outputLines(layer, head, i, result));
+    ...outputLines(layer, head, i, result), ...wholeLines(layer, head, i));
+  drawSteps(layer);
 }
 
 /** @param {Layer} layer */
 function formula(layer) {
-  const inner = `${number(layer.scale)} · q·k`;
+  const inner = `${number(layer.scale)} · q·k`, sink = layer.sinks ? " + exp(sink)" : "";
+  const weight = `b = Σⱼ α′ⱼ vⱼ,   α′ⱼ = exp(lⱼ) / (Σ exp(l)${sink})`;
+  if (layer.formula) return `${weight},   lⱼ by ${layer.formula}`;
+  if (!layer.scale) return `${weight},   lⱼ = bias, which positions alone decide`;
   const logit = (layer.softcap ? `${layer.softcap} tanh(${inner} / ${layer.softcap})` : inner)
     + (layer.bias ? " + bias" : "");
-  const sink = layer.sinks ? " + exp(sink)" : "";
-  return `b = Σⱼ α′ⱼ vⱼ,   α′ⱼ = exp(lⱼ) / (Σ exp(l)${sink}),   lⱼ = ${logit}`;
+  return `${weight},   lⱼ = ${logit}`;
 }
 
 /** The keys that get a line: all of a short text, else the largest weights and the chosen key.
@@ -60,6 +64,17 @@ function queryLine(layer, head, i) {
       textContent: `${layer.d} numbers, ${signedRange(query)}` }));
 }
 
+/** The vector that the module was given for the query. @param {Layer} layer @param {number} i */
+function inputLine(layer, i) {
+  const all = /** @type {Float32Array} */ (layer.inputs);
+  const input = all.subarray(i * layer.width, (i + 1) * layer.width);
+  return make("p", { className: "vector" },
+    make("span", { className: "what", textContent: `a of ${tokenLabel(i, layer.n)}` }),
+    make("span", { className: "scroll" }, strip(input, largestOf(input), "a")),
+    make("span", { className: "hint",
+      textContent: `${layer.width} numbers, ${signedRange(input)}` }));
+}
+
 /** @param {ArrayLike<number>} numbers */
 function signedRange(numbers) {
   const all = Array.from(numbers);
@@ -75,27 +90,41 @@ function columns(layer, head, i, result, keys) {
   const seen = (j) => isVisible(layer, head, i, j);
   /** @type {any[]} */
   const list = [];
-  const step = (title, words, cell, more = {}) => list.push({ title, words, cell, ...more });
-  step("key j", "token", (j) => tokenName(j, layer.m), { className: "name" });
-  step("kⱼ", `${layer.d} numbers, ±${number(scale)}`, (j) => strip(key(j), scale, "k"));
-  step("αⱼ = q · kⱼ", `open for the ${layer.d} products`, (j) => dotButton(j, result.dots[j]));
-  step(`× ${number(layer.scale)}`,
-    layer.softcap ? `scale, then cap at ${layer.softcap}` : "scale",
-    (j) => number(result.scores[j]));
-  if (layer.bias) step("+ bias", "of this pair", (j) => number(biasAt(layer, head, i, j)));
+  const step = (number_, title, words, cell, more = {}) =>
+    list.push({ step: number_, title, words, cell, ...more });
+  step(1, "key j", "token", (j) => tokenName(j, layer.m), { className: "name" });
+  const inputs = layer.inputs;
+  if (inputs && layer.n === layer.m) {
+    const each = (j) => inputs.subarray(j * layer.width, (j + 1) * layer.width);
+    const most = keys.reduce((largest, j) => Math.max(largest, largestOf(each(j))), 0);
+    step(1, "aⱼ", `${layer.width} numbers, ±${number(most)}`, (j) => strip(each(j), most, "a", 96));
+  }
+  if (layer.d) step(2, "kⱼ", `${layer.d} numbers, ±${number(scale)}`, (j) => strip(key(j), scale, "k"));
+  if (layer.scale) {
+    step(3, "αⱼ = q · kⱼ", `open for the ${layer.d} products`, (j) => dotButton(j, result.dots[j]));
+    step(4, `× ${number(layer.scale)}`,
+      layer.softcap ? `scale, then cap at ${layer.softcap}` : "scale",
+      (j) => number(result.scores[j]));
+  }
+  if (layer.bias) {
+    step(5, layer.formula ? "score" : "+ bias", layer.formula.split("(")[0] || "of this pair",
+      (j) => number(biasAt(layer, head, i, j)));
+  }
   if (layer.spans || layer.bits) {
-    step("mask", "may q see k?",
+    step(6, "mask", "may q see k?",
       (j) => (seen(j) ? "visible" : maskWords(layer, i, j).split(" ").pop()));
   }
-  step(`exp(lⱼ − ${number(result.peak)})`, "the largest l taken off",
+  step(7, `exp(lⱼ − ${number(result.peak)})`, "the largest l taken off",
     (j) => number(result.exponentials[j]), { isExp: true });
-  step(`÷ ${number(result.sum)} = α′ⱼ`, "softmax: sums to 1", (j) => weightCell(result.weights[j]));
+  step(7, `÷ ${number(result.sum)} = α′ⱼ`, "softmax: sums to 1", (j) => weightCell(result.weights[j]));
   if (layer.value && result.output) {
     const values = layer.value, width = layer.e;
-    const mixed = (j) => Array.from(
-      vector(values, keyHead(layer, head), layer.m, width, j), (x) => x * result.weights[j]);
+    const own = (j) => vector(values, keyHead(layer, head), layer.m, width, j);
+    const tallest = keys.reduce((m, j) => Math.max(m, largestOf(own(j))), 0);
+    step(8, "vⱼ", `${width} numbers, ±${number(tallest)}`, (j) => strip(own(j), tallest, "v"));
+    const mixed = (j) => Array.from(own(j), (x) => x * result.weights[j]);
     const most = keys.reduce((m, j) => Math.max(m, largestOf(mixed(j))), largestOf(result.output));
-    step("α′ⱼ vⱼ", `weighted value, ±${number(most)}`, (j) => strip(mixed(j), most, "α′v"));
+    step(8, "α′ⱼ vⱼ", `weighted value, ±${number(most)}`, (j) => strip(mixed(j), most, "α′v"));
   }
   return list;
 }
@@ -126,8 +155,8 @@ function dotButton(j, dot) {
 function workedTable(layer, head, i, result, keys) {
   const steps = columns(layer, head, i, result, keys), body = make("tbody");
   for (const j of keys) {
-    const line = make("tr", {}, ...steps.map(({ cell, className }) =>
-      make("td", { className: className || "" }, cell(j))));
+    const line = make("tr", {}, ...steps.map(({ cell, className, step }) =>
+      atStep(step, make("td", { className: className || "" }, cell(j)))));
     line.dataset.key = String(j);
     line.classList.toggle("masked", !isVisible(layer, head, i, j));
     line.classList.toggle("chosen", j === state.j);
@@ -142,9 +171,10 @@ function workedTable(layer, head, i, result, keys) {
   }
   const before = steps.findIndex(({ isExp }) => isExp);
   const note = (name, exponential, weight, last) => body.append(make("tr", { className: "total" },
-    make("td", { colSpan: before, textContent: name }),
-    make("td", { textContent: number(exponential) }), make("td", {}, weightCell(weight)),
-    ...(layer.value ? [make("td", {}, last)] : [])));
+    atStep(7, make("td", { colSpan: before, textContent: name })),
+    atStep(7, make("td", { textContent: number(exponential) })),
+    atStep(7, make("td", {}, weightCell(weight))),
+    ...(layer.value ? [make("td"), atStep(9, make("td", {}, last))] : [])));
   if (keys.length < layer.m) {
     const listed = new Set(keys);
     const rest = (numbers) => numbers.reduce((sum, x, j) => (listed.has(j) ? sum : sum + x), 0);
@@ -156,8 +186,8 @@ function workedTable(layer, head, i, result, keys) {
   const weights = result.weights.reduce((sum, x) => sum + x, 0) + share;
   note(result.sum > 0 ? "sum" : "sum: no key is visible, so the output is 0", result.sum, weights,
     result.output ? strip(result.output, largestOf(result.output), "b") : "");
-  const titles = steps.map((step) =>
-    make("th", { scope: "col" }, step.title, make("small", { textContent: step.words })));
+  const titles = steps.map((step) => atStep(step.step,
+    make("th", { scope: "col" }, step.title, make("small", { textContent: step.words }))));
   return make("table", {}, make("thead", {}, make("tr", {}, ...titles)), body);
 }
 
@@ -183,23 +213,29 @@ function products(layer, head, i, j, dot) {
  * @param {Layer} layer @param {number} head @param {number} i @param {any} result */
 function outputLines(layer, head, i, result) {
   if (!result.output) {
-    return [check("none", "No check: the file has no value, so there is no output to compare.")];
+    return [atStep(10,
+      check("none", "No check: the file has no value, so there is no output to compare."))];
   }
   const most = largestOf(result.output);
   const line = (name, numbers, words) => make("p", { className: "vector" },
     make("span", { className: "what", textContent: name }), strip(numbers, most, name),
     make("span", { className: "hint", textContent: words }));
-  const lines = [line("b", result.output, `${layer.e} numbers, ${signedRange(result.output)}`)];
+  const lines = [atStep(9, line("b", result.output,
+    `${layer.e} numbers, ${signedRange(result.output)}`))];
+  if (layer.gap) {
+    const gap = layer.gap[head * layer.n + i];
+    return [...lines, atStep(10, checkLine(layer, head, i, result, gap))];
+  }
   if (!layer.output) {
-    return [...lines, check("none",
+    return [...lines, atStep(10, check("none",
       layer.route === "arrays" ? "No check: arrays hold no output of a model."
-        : "No check: the model never held this head's output as one tensor.")];
+        : "No check: the model never held this head’s output as one tensor."))];
   }
   const own = vector(layer.output, head, layer.n, layer.e, i);
   const difference = own.reduce(
     (worst, x, c) => Math.max(worst, Math.abs(x - result.output[c])), 0);
-  lines.push(line("model", own, "what the model computed here itself"));
-  return [...lines, checkLine(layer, head, i, result, difference)];
+  lines.push(atStep(10, line("model", own, "what the model computed here itself")));
+  return [...lines, atStep(10, checkLine(layer, head, i, result, difference))];
 }
 
 /** Equal means: no further apart than rounding explains, with a factor of 4 to spare. Rounding
@@ -209,7 +245,9 @@ function outputLines(layer, head, i, result) {
  * @param {Layer} layer @param {number} head @param {number} i @param {any} result
  * @param {number} difference */
 function checkLine(layer, head, i, result, difference) {
-  const own = UNITS[page.dtype], unit = Math.max(own, UNITS[page.precision.travels]);
+  // A gap was measured in Python, before any rounding for the page.
+  const own = UNITS[page.dtype], carried = layer.gap ? own : UNITS[page.precision.travels];
+  const unit = Math.max(own, carried);
   const query = vector(layer.query, head, layer.n, layer.d, i);
   const width = layer.e, all = /** @type {Float32Array} */ (layer.value);
   let peak = 0, spread = 0, values = 0;
@@ -226,6 +264,7 @@ function checkLine(layer, head, i, result, difference) {
     : "float16"} numbers explain up to ${number(allowed)}`;
   const words = difference <= allowed
     ? `equals the model’s own output, largest difference ${number(difference)}${rounding}`
+      + (layer.gap ? "; compared when this page was made" : "")
     : `DIFFERS from the model’s own output: largest difference ${number(difference)}, while `
       + `rounding explains ${number(allowed)}. Do not trust this page for this layer.`;
   const node = check(difference <= allowed ? "good" : "bad", words);
