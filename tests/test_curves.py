@@ -19,7 +19,7 @@ from regard.nn import GatedAttention
 
 
 def options_of(folder):
-    return argparse.Namespace(redraw=False, jobs=1, out=folder)
+    return argparse.Namespace(redraw=False, resume=False, jobs=1, out=folder)
 
 
 def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path):
