@@ -265,7 +265,7 @@ def test_what_does_not_fit_says_so():
         decoder.state(MEMORY, Window(1, 1))
     with pytest.raises(ValueError, match="a Memory has its own mask"):
         cross.double()(X, cross.project(MEMORY), mask=KEEP)
-    with pytest.raises(ShapeError, match="has 2 layers and needs a state of each, .* given 1"):
+    with pytest.raises(ShapeError, match=r"has 2 layers and needs a state of each, .* given 1"):
         encoder(X, state=stack(encoder_layer, 1).state())
     with pytest.raises(ShapeError, match=r"memory has shape \(3, 9, 15\)"):
         decoder(X, MEMORY[..., 1:])

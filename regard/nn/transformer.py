@@ -13,6 +13,8 @@ from regard.matrix import Attention
 from regard.nn.block import DecoderLayer, EncoderLayer, check_memory
 from regard.nn.states import States
 
+CAUSAL = Causal()
+
 
 class _Stack(nn.Module):
     """Layers of one kind and width, one after the other."""
@@ -32,7 +34,8 @@ class _Stack(nn.Module):
         widths = [layer.self_attn.embed_dim for layer in found]
         if set(widths) != {self.d_model}:
             raise errors.ShapeError(f"layers have {widths} channels; they must have the same.")
-        self.layers, self.norm = nn.ModuleList(found), norm
+        self.layers: Any = nn.ModuleList(found)
+        self.norm = norm
 
     def _states(self, state: States | None) -> Sequence[Any]:
         if state is None:
@@ -178,7 +181,7 @@ class EncoderDecoder(nn.Module):
         target: Tensor,
         *,
         source_mask: Mask | Tensor | None = None,
-        target_mask: Mask | Tensor | None = Causal(),
+        target_mask: Mask | Tensor | None = CAUSAL,
         memory_mask: Mask | Tensor | None = None,
         need_weights: bool = False,
     ) -> Any:
