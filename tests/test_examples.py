@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "positions.md": ROOT / "examples" / "positions" / "results",
     "convolution.md": ROOT / "examples" / "convolution" / "results",
+    "tasks.md": ROOT / "examples" / "tasks" / "results",
 }
 KEPT = sorted(path for results in PAGES.values() for path in results.glob("*.json"))
 sys.path.append(str(ROOT))  # last, so that an installed regard is the one that is tested
@@ -26,6 +27,7 @@ SCRIPTS = {
     "positions.length": {"length.md", "length.png"},
     "convolution.convert": {"convert.md", "convert.png"},
     "convolution.receptive": {"receptive.md", "receptive.png"},
+    "tasks.cora": {"cora.md", "cora-0.safetensors"},
 }
 
 
