@@ -271,3 +271,10 @@ def test_what_does_not_fit_says_so():
         decoder(X, MEMORY[..., 1:])
     with pytest.raises(ShapeError, match="takes 16 channels"):
         encoder(X[..., 1:])
+
+
+def test_encoder_and_decoder_are_one_graph():
+    model = EncoderDecoder(stack(encoder_layer), stack(decoder_layer))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    masks = {"source_mask": KEEP, "memory_mask": KEEP}
+    torch.testing.assert_close(compiled(MEMORY, X, **masks), model(MEMORY, X, **masks), **CLOSE)
