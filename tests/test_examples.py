@@ -28,6 +28,7 @@ SCRIPTS = {
     "convolution.convert": {"convert.md", "convert.png"},
     "convolution.receptive": {"receptive.md", "receptive.png"},
     "tasks.cora": {"cora.md", "cora-0.safetensors"},
+    "tasks.tagging": {"tagging.md", "tagging-0.safetensors"},
 }
 
 
