@@ -29,6 +29,7 @@ SCRIPTS = {
     "convolution.receptive": {"receptive.md", "receptive.png"},
     "tasks.cora": {"cora.md", "cora-0.safetensors"},
     "tasks.tagging": {"tagging.md", "tagging-0.safetensors"},
+    "tasks.sentiment": {"sentiment.md", "sentiment-0.safetensors"},
 }
 
 

@@ -38,9 +38,9 @@ PUBLISHED = (
     ("BERT base, fine-tuned, dev", "97.44", "huggingface.co/ramiroc3/tds-bert-pos-ewt"),
 )
 FOUND = (
-    "Above the rules and UDPipe, whose number includes errors in tokens, and 1.7 below Stanza, which "
-    "has vectors trained on other text; pretrained transformers are 3 ahead. One minute of one core "
-    "does not reach the published level."
+    "Above the rules and UDPipe, whose number includes errors in tokens, and 1.7 below Stanza, "
+    "which has vectors trained on other text; pretrained transformers are 3 ahead. One minute of "
+    "one core does not reach the published level."
 )
 Tagged = list[tuple[str, str]]
 
