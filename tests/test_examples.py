@@ -30,6 +30,7 @@ SCRIPTS = {
     "tasks.cora": {"cora.md", "cora-0.safetensors"},
     "tasks.tagging": {"tagging.md", "tagging-0.safetensors"},
     "tasks.sentiment": {"sentiment.md", "sentiment-0.safetensors"},
+    "tasks.digits": {"digits.md", "digits-0.safetensors"},
 }
 
 
