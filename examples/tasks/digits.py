@@ -40,7 +40,7 @@ PUBLISHED = (
     ("CNN on MFCC, first release (3 speakers)", "97", "adhishthite.github.io/sound-mnist"),
 )
 FOUND = (
-    "Above what is published, which was measured on other parts of the recordings. All six speakers "
+    "Above what is published, which was measured on other parts of the recordings. All speakers "
     "stand in both parts, so this says nothing about a new voice. Of 300 recordings one is 0.33."
 )
 
