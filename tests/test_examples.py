@@ -31,6 +31,9 @@ SCRIPTS = {
     "tasks.tagging": {"tagging.md", "tagging-0.safetensors"},
     "tasks.sentiment": {"sentiment.md", "sentiment-0.safetensors"},
     "tasks.digits": {"digits.md", "digits-0.safetensors"},
+    "tasks.characters": {"characters.md", "characters-0.safetensors", "characters-0.txt"},
+    "tasks.patches": {"patches.md", "patches-0.safetensors"},
+    "tasks.translation": {"translation.md", "translation-0.safetensors"},
 }
 
 
