@@ -32,7 +32,10 @@ PUBLISHED = (
     ("6-grams, Witten-Bell smoothing", "1.698", "computed on this split"),
     ("nanoGPT: 6 layers, width 384, context 256, on an A100", "1.4697", NANO),
 )
-FOUND = ""
+FOUND = (
+    "0.08 below nanoGPT's model of this size with half its steps, and 0.10 above counted 6-grams; "
+    "the large model's level needs a larger one and a longer context. One seed, so no spread."
+)
 
 
 class Writer(nn.Module):
