@@ -100,7 +100,7 @@ class Task:
     def _page(self, results: list[list[float]], conditions: str) -> tuple[str, ...]:
         title, _, about = self.document.partition("\n")
         columns = [report.spread(numbers) for numbers in zip(*results, strict=True)]
-        ours = (f"**{self.ours}**", f"**{columns[0]}**", f"this page, {len(results)} seeds")
+        ours = (f"**{self.ours}**", f"**{columns[0]}**", f"this page, seeds: {len(results)}")
         more = ("minutes of one core for each model", *self.measures[1:])
         command = f"python -m examples.tasks.{self.name} --data DATA --seeds {len(results)}"
         return (
