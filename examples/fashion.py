@@ -41,7 +41,7 @@ class Images:
                 for n in (count, tested)
             ]
             return Images(*found)
-        return Images(_part(folder, "train", count), _part(folder, "t10k", tested))
+        return Images(part(folder, "train", count), part(folder, "t10k", tested))
 
     def draw(self, count: int, among: Tensor, generator: torch.Generator) -> Batch:
         """Random images among those of the training part with these numbers [n]."""
@@ -73,10 +73,11 @@ def accuracy(model: nn.Module, batch: Batch) -> float:
     return 100 * float(torch.cat(right).double().mean())
 
 
-def _part(folder: Path, name: str, count: int) -> Batch:
+def part(folder: Path, name: str, count: int, side: int = SIDE) -> Batch:
+    """The first images of a file, [n, 1, side, side], and their classes."""
     images = _numbers(folder / f"{name}-images-idx3-ubyte.gz", count).float() / 255
     # The mean and spread of the training pixels, of the data's own page.
-    images = F.adaptive_avg_pool2d((images - 0.2860) / 0.3530, SIDE)[:, None]
+    images = F.adaptive_avg_pool2d((images - 0.2860) / 0.3530, side)[:, None]
     return images, _numbers(folder / f"{name}-labels-idx1-ubyte.gz", count).long()
 
 

@@ -18,6 +18,7 @@ PAGES = {
     "positions.md": ROOT / "examples" / "positions" / "results",
     "convolution.md": ROOT / "examples" / "convolution" / "results",
     "recurrence.md": ROOT / "examples" / "recurrence" / "results",
+    "tasks.md": ROOT / "examples" / "tasks" / "results",
 }
 KEPT = sorted(path for results in PAGES.values() for path in results.glob("*.json"))
 sys.path.append(str(ROOT))  # last, so that an installed regard is the one that is tested
@@ -37,6 +38,13 @@ SCRIPTS = {
     "recurrence.generation": {"generation.md", "generation.png"},
     "recurrence.mimicry": {"mimicry.md", "mimicry.png"},
     "recurrence.recall": {"recall.md", "recall.png"},
+    "tasks.cora": {"cora.md", "cora-0.safetensors"},
+    "tasks.tagging": {"tagging.md", "tagging-0.safetensors"},
+    "tasks.sentiment": {"sentiment.md", "sentiment-0.safetensors"},
+    "tasks.digits": {"digits.md", "digits-0.safetensors"},
+    "tasks.characters": {"characters.md", "characters-0.safetensors", "characters-0.txt"},
+    "tasks.patches": {"patches.md", "patches-0.safetensors"},
+    "tasks.translation": {"translation.md", "translation-0.safetensors"},
 }
 
 
