@@ -93,6 +93,7 @@ def run(
             found = pool.imap(work, left)
         file = stack.enter_context(partial.open("w"))
         file.writelines(json.dumps(line) + "\n" for line in done.items())
+        file.flush()  # what is killed before its first result keeps the earlier ones
         for job, result in zip(left, tqdm(found, total=len(left), unit="model"), strict=True):
             done[repr(job)] = result
             file.write(json.dumps([repr(job), result]) + "\n")

@@ -168,8 +168,20 @@ class Found:
         """How many seeds of each mixer are done, in words."""
         numbers = {arm: min(map(len, row)) for arm, row in self.curves().items()}
         if len({*numbers.values()}) == 1:
-            return f"{numbers[self.study.arms[0]]} seeds"
+            number = numbers[self.study.arms[0]]
+            return "1 seed" if number == 1 else f"{number} seeds"
         return "seeds: " + "; ".join(f"{arm} {number}" for arm, number in numbers.items())
+
+    def parameters(self) -> str:
+        """How many each network has, and by how much they differ, in words."""
+        size = self.study.task.size
+        numbers = {
+            arm: sum(p.numel() for p in Network(size, ARMS[arm]).parameters())
+            for arm in self.study.arms
+        }
+        each = "; ".join(f"{arm} {number:,}" for arm, number in numbers.items())
+        more = 100 * (max(numbers.values()) / min(numbers.values()) - 1)
+        return f"{each}; the largest network has {more:.0f} % more than the smallest"
 
     def seconds(self) -> str:
         """Of one core, for one network of each mixer, and of all."""

@@ -29,7 +29,7 @@ from examples.convolution.curves import (
     slopes,
     table,
 )
-from examples.convolution.mixers import ARMS, Network, Size
+from examples.convolution.mixers import ARMS, Size
 from examples.convolution.pictures import RESULTS
 from examples.model import Batch
 
@@ -131,9 +131,6 @@ def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
     """The results in words and tables."""
     study, task, size = found.study, found.study.task, found.study.task.size
     rates = "; ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())
-    numbers = {
-        arm: sum(p.numel() for p in Network(size, ARMS[arm]).parameters()) for arm in study.arms
-    }
     return (
         "# Accuracy over the number of training images",
         f"`python -m examples.convolution.data_size --seeds {options.seeds}`: {options.conditions}",
@@ -152,7 +149,7 @@ def page(found: Found, options: argparse.Namespace) -> tuple[str, ...]:
         "![Receptive fields before and after](fields.png)",
         f"Heads of `{GATED}`, first seed. Circles: centre and radius, hollow before training; the "
         "query is at 0. Below, non-locality over gate: from hollow to full.",
-        f"Parameters: {'; '.join(f'{arm} {n:,}' for arm, n in numbers.items())}. "
+        f"Parameters: {found.parameters()}. "
         f"Rates: {rates}. Seconds of one core for one network: {found.seconds()}, with those that "
         "choose rates.",
     )
