@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from regard.errors import DtypeError, ShapeError
 from regard.look.capture import capture
 from regard.look.figure import Figure, FigureError, figure_of, spot_of
-from regard.look.page import page_of
+from regard.look.page import page_of, streamed_page_of
+from regard.look.payload import is_streamed
 from regard.look.record import Captured, CaptureError
 from regard.look.rollout import rollout
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
 from regard.look.serve import ServeError, Server
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
 from regard.look.statistics import HeadRow, Table, table_of
+from regard.look.stream import Stream
 from regard.matrix import Attention
 
 __all__ = [
@@ -120,9 +122,21 @@ class Look:
     def serve(self, port: int = 0) -> Server:
         """Serve the page on loopback, at an address with a token: `server.url`, `server.close()`.
 
+        Above 16,384 tokens, or where the page would be too large, it is a page of one map at a
+        time, of any length: this process computes what is looked at, first from a sample of the
+        queries, with its error, and then from all of them.
+
         port: 0 for any that is free. Raises ServeError if the port is taken.
         """
-        return Server(self.html, port)
+        if not is_streamed(self.scene):
+            return Server(self.html, port)
+        stream = Stream(self.scene)
+        try:
+            page = streamed_page_of(self.scene)
+            return Server(page, port, answer=stream.answer, closed=stream.close)
+        except ServeError:
+            stream.close()
+            raise
 
     def save(self, path: str | Path) -> Path:
         """Write the page and return where it is. Raises OSError if it cannot be written."""
