@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
-from regard.look.capture import capture
 from regard.look.figure import Figure, FigureError, figure_of, spot_of
 from regard.look.page import page_of, streamed_page_of
 from regard.look.payload import is_streamed
 from regard.look.record import Captured, CaptureError
+from regard.look.recording import Record, capture
 from regard.look.rollout import rollout
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
 from regard.look.serve import ServeError, Server
@@ -40,6 +40,7 @@ __all__ = [
     "FigureError",
     "HeadRow",
     "Look",
+    "Record",
     "ServeError",
     "Server",
     "SourceError",

@@ -76,7 +76,7 @@ def payload(scene: Scene) -> dict[str, Any]:
 
 
 def is_streamed(scene: Scene) -> bool:
-    """Whether a server computes the maps of a scene: one page of all would be slow, or too large."""
+    """Whether a server computes a scene's maps: a page of all would be slow, or too large."""
     if max(map(_length, scene.captured)) > STREAMED_ABOVE:
         return True
     return _spent(scene, _precision(scene)[1]) > PAGE_BYTES
@@ -131,8 +131,8 @@ def _check_size(scene: Scene, size: int) -> None:
         ways.append(f"--layers 0 --tokens {one} (any one layer)")
     raise ShapeError(
         f"the page would take about {spent / 2**20:.0f} MB for {len(calls)} layers of {length} "
-        f"tokens; the limit is {allowed / 2**20:.0f} MB. What would fit: {' or '.join(ways)}; --serve shows "
-        "any length"
+        f"tokens; the limit is {allowed / 2**20:.0f} MB. What would fit: {' or '.join(ways)}; "
+        "--serve shows any length"
     )
 
 

@@ -25,7 +25,7 @@ FIRST = 2  # queries of each block before anything is shown: one alone has no va
 
 @dataclass(frozen=True)
 class Region:
-    """Cells of one head, in blocks of size x size; `top` and `left` are the first row and column."""
+    """Cells of one head, in blocks of size x size; `top` and `left` are where they begin."""
 
     number: int
     head: int

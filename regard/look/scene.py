@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
-from regard.look.capture import capture
+from regard.look.capture import taps
 from regard.look.image import Image, of_inputs
 from regard.look.record import Captured, CaptureError
 
@@ -87,13 +87,33 @@ def of_model(
         )
     with torch.no_grad():
         plain = _run(model, inputs)
-        with capture(model) as calls:
+        calls: list[Captured] = []
+        with taps(model, calls):
             seen = _run(model, inputs)
-    calls = _readable(type(model).__name__, calls)
-    image = of_inputs(model, inputs, calls[0].key.shape[2])
+    first = calls[0].key.shape[2] if calls else 0
+    image = of_inputs(model, inputs, first)
     if image is not None and tokens is None:
         tokens = Tokens.of_labels(image.labels())
         tokens = replace(tokens, special=tuple(at < image.prefix for at in range(image.length)))
+    name = type(model).__name__
+    scene = of_calls(name, calls, tokens=tokens, layers=layers)
+    change = _largest_change(plain, seen)
+    return replace(scene, title=title or name, change=change, image=image)
+
+
+def of_calls(
+    name: str,
+    calls: Sequence[Captured],
+    *,
+    tokens: Tokens | None = None,
+    layers: Sequence[int] | None = None,
+) -> Scene:
+    """A scene of what was captured: the first sequence of each call.
+
+    name: of the model;  tokens, layers: see `of_model`
+    Raises CaptureError if there is nothing that a page shows.
+    """
+    calls = _readable(name, calls)
     batch = calls[0].query.shape[0]
     notes = [f"The input was a batch of {batch}; this is its first sequence."] if batch > 1 else []
     notes += [
@@ -103,13 +123,11 @@ def of_model(
     ]
     calls = [call for call in calls if call.given is None]
     return Scene(
-        title=title or type(model).__name__,
+        title=name,
         captured=tuple(call.item(0) for call in _chosen(calls, layers)),
         tokens=_checked(tokens, calls),
-        change=_largest_change(plain, seen),
         notes=tuple(notes),
         dtype=str(calls[0].query.dtype).removeprefix("torch."),
-        image=image,
     )
 
 

@@ -7,6 +7,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -136,10 +137,9 @@ def _answering(html: str, token: str, answer: Answering | None) -> type[BaseHTTP
             self.send_header("Referrer-Policy", "no-referrer")
             self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
-            try:
+            # The page may have asked for another view meanwhile, and taken this question back.
+            with suppress(ConnectionError):
                 self.wfile.write(body)
-            except ConnectionError:
-                pass  # the page asked for another view meanwhile, and took this question back
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing: addresses hold the token."""

@@ -51,8 +51,10 @@ function select(change) {
 
 function readHash() {
   const given = new URLSearchParams(location.hash.slice(1));
-  const [layer, head, i, j, top, left, span] = ["layer", "head", "i", "j", "top", "left", "span"]
+  const [layer, head, j, top, left, span] = ["layer", "head", "j", "top", "left", "span"]
     .map((name) => Number(given.get(name)) || 0);
+  // Without a word of the address: the last query, which under a causal mask sees all keys.
+  const i = given.has("i") ? Number(given.get("i")) : Infinity;
   select({ layer, head, i, j, view: span > 0 ? { top, left, span } : null });
 }
 
@@ -136,7 +138,8 @@ function drawQuality(told) {
 function drawMap() {
   if (!shown) return;
   const { layer, plane, top, left, size } = shown;
-  const room = Math.max(220, Math.min(SIDE, element("map-box").clientWidth - RULER - 4));
+  const wide = Math.min(SIDE, element("map-box").clientWidth - RULER - 4);
+  const room = Math.max(220, Math.min(wide, Math.max(400, innerHeight - 380)));
   const cell = room / Math.max(plane.rows, plane.columns);
   const box = { x: RULER, y: 18, width: cell * plane.columns, height: cell * plane.rows };
   const canvas = /** @type {HTMLCanvasElement} */ (element("map"));
@@ -235,7 +238,7 @@ async function readCell() {
     element("query-token").textContent = told.labels[0];
     element("key-token").textContent = told.labels[1];
     element("row-title").textContent = `Query ${i}: its largest weights`;
-    element("row-hint").textContent = `It sees ${told.keys.toLocaleString("en")} keys, as evenly as `
+    element("row-hint").textContent = `It sees ${told.keys.toLocaleString("en")} ${told.keys === 1 ? "key" : "keys"}, as evenly as `
       + `${number3(Math.exp(told.entropy))} would be (entropy ${number(told.entropy)} nats).`;
     element("row-body").replaceChildren(...told.top.map(({ key, label, weight }) => {
       const go = make("button", { type: "button", textContent: String(key) });
