@@ -127,10 +127,16 @@ class Look:
         time, of any length: this process computes what is looked at, first from a sample of the
         queries, with its error, and then from all of them.
 
-        port: 0 for any that is free. Raises ServeError if the port is taken.
+        port: 0 for any that is free. Raises ServeError if the port is taken,
+            ShapeError for two runs of that size.
         """
         if not is_streamed(self.scene):
             return Server(self.html, port)
+        if self.scene.beside is not None:
+            raise ShapeError(
+                "two runs side by side need a page that holds both, which would be too large; "
+                "limit= or layers= make it smaller, or each run is served alone"
+            )
         stream = Stream(self.scene)
         try:
             page = streamed_page_of(self.scene)
@@ -166,6 +172,7 @@ def look(
     limit: int | None = None,
     layers: Sequence[int] | None = None,
     causal: bool = False,
+    beside: Look | None = None,
 ) -> Look:
     """Run or read something once and look at its attention.
 
@@ -177,6 +184,8 @@ def look(
     limit: for a text or arrays: only the first tokens
     layers: which attention layers to keep, counted from 0
     causal: for arrays: key j is visible to query i only if j <= i
+    beside: another look, of another text or model with as many layers, heads and tokens: the page
+        shows both and their difference
 
     Raises CaptureError, SourceError, MissingPackageError, ShapeError or DtypeError, each saying
     what would work.
@@ -186,6 +195,9 @@ def look(
     >>> seen.captured[0].matrix.shape
     torch.Size([1, 2, 5, 5])
     """
+    if beside is not None:
+        seen = look(what, inputs, tokens=tokens, limit=limit, layers=layers, causal=causal)
+        return Look(seen.scene.placed_beside(beside.scene))
     if limit is not None and limit < 1:
         raise ShapeError(f"limit is {limit}; at least one token must be left to look at")
     is_model = isinstance(what, nn.Module)

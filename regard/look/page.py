@@ -27,6 +27,7 @@ SCRIPTS = (
     "arcs.js",
     "rollout.js",
     "image.js",
+    "beside.js",
     "hover.js",
     "panels.js",
     "look.js",

@@ -43,13 +43,16 @@ def payload(scene: Scene) -> dict[str, Any]:
     dtype, size = _precision(scene)
     _check_size(scene, size)
     store, worst = Store(), 0.0
-    layers = []
-    for call in scene.captured:
-        rounded = _rounded(call, dtype)
-        if dtype == torch.float16:
-            worst = max(worst, _weight_error(call, rounded))
-        layers.append(_layer(call, rounded, dtype, scene.tokens, store))
-    tokens = scene.tokens
+    runs = []
+    for run in _runs(scene):
+        layers = []
+        for call in run.captured:
+            rounded = _rounded(call, dtype)
+            if dtype == torch.float16:
+                worst = max(worst, _weight_error(call, rounded))
+            layers.append(_layer(call, rounded, dtype, run.tokens, store))
+        runs.append(layers)
+    tokens, beside = scene.tokens, scene.beside
     return {
         "title": scene.title,
         "tokens": {
@@ -70,26 +73,37 @@ def payload(scene: Scene) -> dict[str, Any]:
         },
         "kinds": [asdict(kind) for kind in kinds.KINDS],
         "aboveChance": kinds.ABOVE_CHANCE,
-        "layers": layers,
+        "layers": runs[0],
+        "beside": beside
+        and {"title": beside.title, "labels": beside.tokens.labels, "layers": runs[1]},
         "arrays": store.arrays,
     }
 
 
 def is_streamed(scene: Scene) -> bool:
     """Whether a server computes a scene's maps: a page of all would be slow, or too large."""
-    if max(map(_length, scene.captured)) > STREAMED_ABOVE:
+    if max(map(_length, _calls(scene))) > STREAMED_ABOVE:
         return True
     return _spent(scene, _precision(scene)[1]) > PAGE_BYTES
 
 
 def _precision(scene: Scene) -> tuple[torch.dtype, int]:
     """What numbers travel in, and their bytes."""
-    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, True))
+    numbers = sum(t.numel() for call in _calls(scene) for t in _travelling(call, True))
     if 4 * numbers <= SINGLE_BYTES:
         return torch.float32, 4 * numbers
     # Inputs and outputs stay behind; outputs are compared here.
-    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, False))
+    numbers = sum(t.numel() for call in _calls(scene) for t in _travelling(call, False))
     return torch.float16, 2 * numbers
+
+
+def _runs(scene: Scene) -> list[Scene]:
+    return [scene] if scene.beside is None else [scene, scene.beside]
+
+
+def _calls(scene: Scene) -> list[Captured]:
+    """The calls of all runs."""
+    return [call for run in _runs(scene) for call in run.captured]
 
 
 def _image(scene: Scene) -> dict[str, Any] | None:
@@ -108,7 +122,7 @@ def _travelling(call: Captured, outputs: bool) -> list[Tensor]:
 
 def _pooled(scene: Scene) -> int:
     """Bytes of the planes of all heads."""
-    long = (call for call in scene.captured if _length(call) > POOLED_ABOVE)
+    long = (call for call in _calls(scene) if _length(call) > POOLED_ABOVE)
     return sum(2 * 2 * _PLANE_CELLS**2 * call.query.shape[1] for call in long)
 
 

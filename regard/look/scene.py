@@ -53,6 +53,7 @@ class Scene:
     pooling: how the model makes one vector of its token vectors, if its files say so
     dtype: what the model computed in
     image: the picture that the model was given, if its tokens are patches of one
+    beside: another run, whose calls have the shapes of these
     """
 
     title: str
@@ -63,6 +64,22 @@ class Scene:
     pooling: str | None = None
     dtype: str = "float32"
     image: Image | None = None
+    beside: Scene | None = None
+
+    def placed_beside(self, other: Scene) -> Scene:
+        """The scene with another run beside it; raises ShapeError unless their shapes agree."""
+        shapes = [
+            [(call.query.shape[1], *_lengths(call)) for call in scene.captured]
+            for scene in (self, other)
+        ]
+        if shapes[0] != shapes[1]:
+            mine, theirs = (f"{len(s)} layers of {sorted(set(s))}" for s in shapes)
+            raise ShapeError(
+                f"two runs are compared cell by cell, so their (heads, queries, keys) must agree; "
+                f"this one has {mine}, the one beside it {theirs}. limit= or layers= make them "
+                "agree, or a text of as many tokens"
+            )
+        return replace(self, beside=replace(other, beside=None))
 
 
 def of_model(
