@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
-from regard.look.figure import Figure, FigureError, figure_of, spot_of
+from regard.look.figure import Figure, FigureError, spot_of
 from regard.look.page import page_of, streamed_page_of
 from regard.look.payload import is_streamed
 from regard.look.record import Captured, CaptureError
@@ -28,8 +28,9 @@ from regard.look.recording import Record, capture
 from regard.look.rollout import rollout
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
 from regard.look.serve import ServeError, Server
+from regard.look.shown import Shown
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
-from regard.look.statistics import HeadRow, Table, table_of
+from regard.look.statistics import HeadRow, Table
 from regard.look.stream import Stream
 from regard.matrix import Attention
 
@@ -51,7 +52,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Look:
+class Look(Shown):
     """What was looked at. Shows itself in a notebook; `save` writes the page."""
 
     scene: Scene
@@ -83,37 +84,9 @@ class Look:
         """
         return rollout(self.captured, query)
 
-    def table(self) -> Table:
-        """One row per layer and head: entropy, distance, weight on sinks, kind and its score.
-
-        Cost: one pass over each matrix, in O(n) memory.
-        """
-        return table_of(self.scene)
-
-    def figure(
-        self,
-        panel: str = "map",
-        *,
-        layer: int | str = 0,
-        head: int = 0,
-        query: int = 0,
-        key: int = 0,
-        scale: str = "lift",
-    ) -> Figure:
-        """One panel of the page, drawn without a browser: an SVG with a colour bar, and a CSV.
-
-        panel: "heads", every head; "map", one head; "sent", one row; "received", one column
-        layer: its number or its module's name
-        scale: "lift", weight times the number of visible keys, in logs; or "weight"
-        Raises FigureError for another panel or scale, ShapeError for what is out of range.
-
-        >>> import torch
-        >>> seen = look({"query": torch.zeros(2, 5, 8), "key": torch.zeros(2, 5, 8)})
-        >>> seen.figure("sent", head=1, query=3).csv().splitlines()[:2]
-        ['key,token,weight,lift', '0,#0,0.20000000298023224,1.0']
-        """
-        spot = spot_of(self.scene, layer, head, query, key)
-        return figure_of(self.scene, panel, spot, scale)
+    def shown(self) -> Scene:
+        """The scene that tables and figures are of."""
+        return self.scene
 
     @cached_property
     def html(self) -> str:

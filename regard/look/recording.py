@@ -10,15 +10,14 @@ from typing import SupportsIndex, overload
 from torch import nn
 
 from regard.look.capture import taps
-from regard.look.figure import Figure, figure_of, spot_of
 from regard.look.named import call_named
 from regard.look.record import Captured
-from regard.look.scene import of_calls
-from regard.look.statistics import Table, table_of
+from regard.look.scene import Scene, of_calls
+from regard.look.shown import Shown
 from regard.matrix import Attention
 
 
-class Record(list[Captured]):
+class Record(list[Captured], Shown):
     """The attention calls of a model, a list in the order in which they happened.
 
     name: of the model, for titles
@@ -58,30 +57,12 @@ class Record(list[Captured]):
             return call_named(numbered, at).matrix
         return super().__getitem__(at)
 
-    def table(self) -> Table:
-        """One row per call and head, as `look(...).table()`, of the first sequence of a batch.
+    def shown(self) -> Scene:
+        """The first sequence of every call that softmax normalizes, for `table` and `figure`.
 
-        Raises CaptureError if nothing has been recorded that softmax normalizes.
+        Raises CaptureError if there is none.
         """
-        return table_of(of_calls(self.name, self))
-
-    def figure(
-        self,
-        panel: str = "map",
-        *,
-        layer: int | str = 0,
-        head: int = 0,
-        query: int = 0,
-        key: int = 0,
-        scale: str = "lift",
-    ) -> Figure:
-        """A panel as `look(...).figure`, of the first sequence of a batch.
-
-        Raises CaptureError if nothing has been recorded that softmax normalizes, ShapeError for
-        what is out of range, FigureError for another panel or scale.
-        """
-        scene = of_calls(self.name, self)
-        return figure_of(scene, panel, spot_of(scene, layer, head, query, key), scale)
+        return of_calls(self.name, self)
 
 
 @contextmanager
