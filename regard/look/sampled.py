@@ -48,7 +48,7 @@ class Estimate:
     >>> estimate.taken, estimate.mean().shape, bool((estimate.error() > 0).all())
     (8, torch.Size([4, 4]), True)
     >>> estimate.advance(56)
-    >>> torch.allclose(estimate.mean(), call.matrix.pool(16).mean[0, 0].double(), atol=1e-6)
+    >>> torch.allclose(estimate.mean(), call.matrix.pool(16)[0, 0].double(), atol=1e-6)
     True
     """
 
