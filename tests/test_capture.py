@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regard.look.capture import capture
+from regard.look import capture
 from regard.look.record import CaptureError, split_mask
 from regard.look.scene import of_model
 

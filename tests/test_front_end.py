@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from regard.look.page import SCRIPTS, _read
+from regard.look.page import SCRIPTS, STREAMED_SCRIPTS, _read
 
 OPTIONS = (
     "--checkJs --allowJs --noEmit --strict --noImplicitAny false --target es2023 --module esnext "
@@ -14,9 +14,10 @@ OPTIONS = (
 
 
 @pytest.mark.skipif(not shutil.which("tsc"), reason="tsc (npm install -g typescript) is missing")
-def test_types_of_the_script(tmp_path):
+@pytest.mark.parametrize("scripts", [SCRIPTS, STREAMED_SCRIPTS], ids=["page", "streamed"])
+def test_types_of_the_script(scripts, tmp_path):
     whole = tmp_path / "page.js"
-    whole.write_text("\n".join(_read(name) for name in SCRIPTS) + "\nexport {};\n", "utf-8")
+    whole.write_text("\n".join(_read(name) for name in scripts) + "\nexport {};\n", "utf-8")
     told = subprocess.run(
         ["tsc", *OPTIONS.split(), str(whole)], capture_output=True, text=True, check=False
     )

@@ -6,7 +6,7 @@ from families import FAMILIES, TOKENS, WRITERS, build, exact_eager, inputs, padd
 
 import regard
 import regard.hf
-from regard.look.capture import capture
+from regard.look import capture
 from regard.mask import Padding
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

@@ -20,15 +20,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
-from regard.look.capture import capture
-from regard.look.figure import Figure, FigureError, figure_of, spot_of
-from regard.look.page import page_of
+from regard.look.figure import Figure, FigureError, spot_of
+from regard.look.page import page_of, streamed_page_of
+from regard.look.payload import is_streamed
 from regard.look.record import Captured, CaptureError
+from regard.look.recording import Record, capture
 from regard.look.rollout import rollout
 from regard.look.scene import Scene, Tokens, of_arrays, of_model
 from regard.look.serve import ServeError, Server
+from regard.look.shown import Shown
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
-from regard.look.statistics import HeadRow, Table, table_of
+from regard.look.statistics import HeadRow, Table
+from regard.look.stream import Stream
 from regard.matrix import Attention
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "FigureError",
     "HeadRow",
     "Look",
+    "Record",
     "ServeError",
     "Server",
     "SourceError",
@@ -48,7 +52,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Look:
+class Look(Shown):
     """What was looked at. Shows itself in a notebook; `save` writes the page."""
 
     scene: Scene
@@ -80,37 +84,9 @@ class Look:
         """
         return rollout(self.captured, query)
 
-    def table(self) -> Table:
-        """One row per layer and head: entropy, distance, weight on sinks, kind and its score.
-
-        Cost: one pass over each matrix, in O(n) memory.
-        """
-        return table_of(self.scene)
-
-    def figure(
-        self,
-        panel: str = "map",
-        *,
-        layer: int | str = 0,
-        head: int = 0,
-        query: int = 0,
-        key: int = 0,
-        scale: str = "lift",
-    ) -> Figure:
-        """One panel of the page, drawn without a browser: an SVG with a colour bar, and a CSV.
-
-        panel: "heads", every head; "map", one head; "sent", one row; "received", one column
-        layer: its number or its module's name
-        scale: "lift", weight times the number of visible keys, in logs; or "weight"
-        Raises FigureError for another panel or scale, ShapeError for what is out of range.
-
-        >>> import torch
-        >>> seen = look({"query": torch.zeros(2, 5, 8), "key": torch.zeros(2, 5, 8)})
-        >>> seen.figure("sent", head=1, query=3).csv().splitlines()[:2]
-        ['key,token,weight,lift', '0,#0,0.20000000298023224,1.0']
-        """
-        spot = spot_of(self.scene, layer, head, query, key)
-        return figure_of(self.scene, panel, spot, scale)
+    def shown(self) -> Scene:
+        """The scene that tables and figures are of."""
+        return self.scene
 
     @cached_property
     def html(self) -> str:
@@ -120,9 +96,27 @@ class Look:
     def serve(self, port: int = 0) -> Server:
         """Serve the page on loopback, at an address with a token: `server.url`, `server.close()`.
 
-        port: 0 for any that is free. Raises ServeError if the port is taken.
+        Above 16,384 tokens, or where the page would be too large, it is a page of one map at a
+        time, of any length: this process computes what is looked at, first from a sample of the
+        queries, with its error, and then from all of them.
+
+        port: 0 for any that is free. Raises ServeError if the port is taken,
+            ShapeError for two runs of that size.
         """
-        return Server(self.html, port)
+        if not is_streamed(self.scene):
+            return Server(self.html, port)
+        if self.scene.beside is not None:
+            raise ShapeError(
+                "two runs side by side need a page that holds both, which would be too large; "
+                "limit= or layers= make it smaller, or each run is served alone"
+            )
+        stream = Stream(self.scene)
+        try:
+            page = streamed_page_of(self.scene)
+            return Server(page, port, answer=stream.answer, closed=stream.close)
+        except ServeError:
+            stream.close()
+            raise
 
     def save(self, path: str | Path) -> Path:
         """Write the page and return where it is. Raises OSError if it cannot be written."""
@@ -151,6 +145,7 @@ def look(
     limit: int | None = None,
     layers: Sequence[int] | None = None,
     causal: bool = False,
+    beside: Look | None = None,
 ) -> Look:
     """Run or read something once and look at its attention.
 
@@ -162,6 +157,8 @@ def look(
     limit: for a text or arrays: only the first tokens
     layers: which attention layers to keep, counted from 0
     causal: for arrays: key j is visible to query i only if j <= i
+    beside: another look, of another text or model with as many layers, heads and tokens: the page
+        shows both and their difference
 
     Raises CaptureError, SourceError, MissingPackageError, ShapeError or DtypeError, each saying
     what would work.
@@ -171,6 +168,9 @@ def look(
     >>> seen.captured[0].matrix.shape
     torch.Size([1, 2, 5, 5])
     """
+    if beside is not None:
+        seen = look(what, inputs, tokens=tokens, limit=limit, layers=layers, causal=causal)
+        return Look(seen.scene.placed_beside(beside.scene))
     if limit is not None and limit < 1:
         raise ShapeError(f"limit is {limit}; at least one token must be left to look at")
     is_model = isinstance(what, nn.Module)

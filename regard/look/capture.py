@@ -46,26 +46,8 @@ from regard.sdpa import scaled_dot_product_attention
 
 
 @contextmanager
-def capture(model: nn.Module) -> Iterator[list[Captured]]:
-    """Record every attention call that `model` makes while the block runs.
-
-    Yields the list that the calls are added to, in the order in which they happen. The model, its
-    configuration and its registered functions are the same afterwards. The interface route wraps
-    a method that all Hugging Face models of the process share, the route of regard's own one that
-    all matrices share; calls of other models pass through unrecorded.
-
-    Raises CaptureError where a call does something that the record could not hold, rather than
-    recording something else.
-
-    >>> import torch
-    >>> layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    >>> x = torch.randn(1, 5, 8)
-    >>> with torch.no_grad(), capture(layer) as calls:
-    ...     _ = layer(x, x, x, need_weights=False)
-    >>> calls[0].matrix.shape
-    torch.Size([1, 2, 5, 5])
-    """
-    calls: list[Captured] = []
+def taps(model: nn.Module, calls: list[Captured]) -> Iterator[None]:
+    """Append every attention call that `model` makes while the block runs; see `capture`."""
     open_modules: list[Open] = []
 
     def enter(module: nn.Module, name: str, given: list[Any]) -> None:
@@ -89,7 +71,7 @@ def capture(model: nn.Module) -> Iterator[list[Captured]]:
             _product_tap(calls, open_modules, tap),
             tap,
         ):
-            yield calls
+            yield
     finally:
         for hook in hooks:
             hook.remove()

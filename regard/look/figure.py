@@ -15,6 +15,7 @@ from torch import Tensor
 from regard import picture
 from regard.errors import RegardError, ShapeError
 from regard.look import visible
+from regard.look.named import call_named, call_numbered
 from regard.look.record import Captured
 from regard.look.scene import Scene
 from regard.look.statistics import csv_of, of_call
@@ -98,17 +99,11 @@ def figure_of(scene: Scene, panel: str, spot: Spot, scale: str) -> Figure:
 
 
 def spot_of(scene: Scene, layer: int | str, head: int, query: int, key: int) -> Spot:
-    """The call with a number or a name; raises ShapeError naming what there is.
-
-    A name may stop before its end where one module alone begins with it.
-    """
-    calls = [x for x in scene.captured if layer in (x.number, x.name)]
-    if not calls:
-        calls = [x for x in scene.captured if x.name.startswith(f"{layer}.")]
-    if len({x.name for x in calls}) != 1:
-        known = ", ".join(f"{x.number} {x.name!r}" for x in scene.captured)
-        raise ShapeError(f"there is no layer {layer!r} here; there are {known}")
-    call = calls[-1]
+    """The call with a number or a name; raises ShapeError naming what there is."""
+    if isinstance(layer, str):
+        call = call_named(scene.captured, layer)
+    else:
+        call = call_numbered(scene.captured, layer)
     heads, n = call.query.shape[1:3]
     bounds = {"head": (head, heads), "query": (query, n), "key": (key, call.key.shape[2])}
     for name, (given, count) in bounds.items():

@@ -249,6 +249,7 @@ function drawRest() {
   drawTotals();
   drawImage();
   drawRollout();
+  drawBeside();
   drawArcs();
   drawWorked();
 }
@@ -291,6 +292,7 @@ function start() {
   buildWorked();
   buildArcs();
   buildImage();
+  buildBeside();
   buildSaving();
   buildHighlight();
   buildFind();

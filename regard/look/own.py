@@ -43,6 +43,12 @@ def of_product(name: str, matrix: Attention, value: Tensor, output: Tensor) -> C
     return _with_value(_without_forbidden(call), value)
 
 
+def of_matrix(name: str, matrix: Attention) -> Captured:
+    """A matrix that no model multiplied by, such as one read from a file; it has no value."""
+    matrix = matrix.detach()
+    return _without_forbidden(replace(_numbers(name, matrix), route="arrays", **pairs(matrix)))
+
+
 def _numbers(name: str, matrix: Attention) -> Captured:
     """Query, key, and what their logits are made of."""
     query, key = matrix.rule.operands(matrix.query, matrix.key)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import json
 from importlib.resources import files
+from typing import Any
 
 from regard.look.payload import payload
 from regard.look.scene import Scene
+from regard.look.stream import about
 
 # In this order: each file may use what the ones before it define.
 SCRIPTS = (
@@ -25,10 +27,14 @@ SCRIPTS = (
     "arcs.js",
     "rollout.js",
     "image.js",
+    "beside.js",
     "hover.js",
     "panels.js",
     "look.js",
 )
+
+# Of a page that asks its server for what it shows.
+STREAMED_SCRIPTS = ("attend.js", "paint.js", "streamed.js")
 
 # The page cannot reach a network even if it wanted to: everything not named here is refused.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -39,22 +45,35 @@ def page_of(scene: Scene) -> str:
 
     Raises ShapeError if it would be larger than a browser opens with pleasure.
     """
-    numbers = json.dumps(payload(scene), ensure_ascii=False, allow_nan=False)
-    title = html.escape(f"{scene.title}: attention")
-    script = "\n".join(_read(name) for name in SCRIPTS)
+    return _document(scene.title, payload(scene), ("look.html", SCRIPTS), _POLICY)
+
+
+def streamed_page_of(scene: Scene) -> str:
+    """The page of a map of any length, which asks the server that it came from for its numbers."""
+    # Its own server alone: the token is in the address below which it asks.
+    policy = f"{_POLICY}; connect-src 'self'"
+    return _document(scene.title, about(scene), ("streamed.html", STREAMED_SCRIPTS), policy)
+
+
+def _document(name: str, data: Any, parts: tuple[str, tuple[str, ...]], policy: str) -> str:
+    """One file; parts: its body and its scripts."""
+    numbers = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    title = html.escape(f"{name}: attention")
+    body, scripts = parts
+    script = "\n".join(_read(script) for script in scripts)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <link rel="icon" href="data:,">
 <title>{title}</title>
 <style>
 {_read("look.css")}</style>
 </head>
-{_read("look.html")}
+{_read(body)}
 <script type="application/json" id="data">{_inert(numbers)}</script>
 <script type="module">
 {script}</script>

@@ -27,6 +27,7 @@ from regard.matrix import Attention
 SINGLE_BYTES = 16 * 2**20  # up to here float32 travels, beyond it float16
 PAGE_BYTES = 64 * 2**20  # browsers open larger pages, but slowly, and mail does not carry them
 POOLED_ABOVE = 1024
+STREAMED_ABOVE = 16384  # a server makes no page of all maps of so many tokens: minutes per layer
 SIGNS_PER_BYTE = 16 / 13  # at most: arrays are also deflated, which no estimate counts on
 _PLANE_CELLS = 160  # a plane has at most this many blocks per side
 ROWS_COMPARED = 2048  # of a long input, for the error that rounding makes
@@ -39,19 +40,19 @@ def payload(scene: Scene) -> dict[str, Any]:
     Raises ShapeError if the page would be larger than `PAGE_BYTES`, naming what would fit.
     """
     assert sys.byteorder == "little", "typed arrays in a page are little-endian"
-    numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, True))
-    dtype = torch.float32 if 4 * numbers <= SINGLE_BYTES else torch.float16
-    if dtype == torch.float16:  # inputs and outputs stay behind; outputs are compared here
-        numbers = sum(t.numel() for call in scene.captured for t in _travelling(call, False))
-    _check_size(scene, numbers * dtype.itemsize)
+    dtype, size = _precision(scene)
+    _check_size(scene, size)
     store, worst = Store(), 0.0
-    layers = []
-    for call in scene.captured:
-        rounded = _rounded(call, dtype)
-        if dtype == torch.float16:
-            worst = max(worst, _weight_error(call, rounded))
-        layers.append(_layer(call, rounded, dtype, scene.tokens, store))
-    tokens = scene.tokens
+    runs = []
+    for run in _runs(scene):
+        layers = []
+        for call in run.captured:
+            rounded = _rounded(call, dtype)
+            if dtype == torch.float16:
+                worst = max(worst, _weight_error(call, rounded))
+            layers.append(_layer(call, rounded, dtype, run.tokens, store))
+        runs.append(layers)
+    tokens, beside = scene.tokens, scene.beside
     return {
         "title": scene.title,
         "tokens": {
@@ -72,9 +73,37 @@ def payload(scene: Scene) -> dict[str, Any]:
         },
         "kinds": [asdict(kind) for kind in kinds.KINDS],
         "aboveChance": kinds.ABOVE_CHANCE,
-        "layers": layers,
+        "layers": runs[0],
+        "beside": beside
+        and {"title": beside.title, "labels": beside.tokens.labels, "layers": runs[1]},
         "arrays": store.arrays,
     }
+
+
+def is_streamed(scene: Scene) -> bool:
+    """Whether a server computes a scene's maps: a page of all would be slow, or too large."""
+    if max(map(_length, _calls(scene))) > STREAMED_ABOVE:
+        return True
+    return _spent(scene, _precision(scene)[1]) > PAGE_BYTES
+
+
+def _precision(scene: Scene) -> tuple[torch.dtype, int]:
+    """What numbers travel in, and their bytes."""
+    numbers = sum(t.numel() for call in _calls(scene) for t in _travelling(call, True))
+    if 4 * numbers <= SINGLE_BYTES:
+        return torch.float32, 4 * numbers
+    # Inputs and outputs stay behind; outputs are compared here.
+    numbers = sum(t.numel() for call in _calls(scene) for t in _travelling(call, False))
+    return torch.float16, 2 * numbers
+
+
+def _runs(scene: Scene) -> list[Scene]:
+    return [scene] if scene.beside is None else [scene, scene.beside]
+
+
+def _calls(scene: Scene) -> list[Captured]:
+    """The calls of all runs."""
+    return [call for run in _runs(scene) for call in run.captured]
 
 
 def _image(scene: Scene) -> dict[str, Any] | None:
@@ -91,14 +120,19 @@ def _travelling(call: Captured, outputs: bool) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
+def _pooled(scene: Scene) -> int:
+    """Bytes of the planes of all heads."""
+    long = (call for call in _calls(scene) if _length(call) > POOLED_ABOVE)
+    return sum(2 * 2 * _PLANE_CELLS**2 * call.query.shape[1] for call in long)
+
+
+def _spent(scene: Scene, size: int) -> float:
+    return (size + _pooled(scene)) * SIGNS_PER_BYTE
+
+
 def _check_size(scene: Scene, size: int) -> None:
-    calls = scene.captured
-    pooled = sum(
-        2 * 2 * _PLANE_CELLS**2 * call.query.shape[1]
-        for call in calls
-        if _length(call) > POOLED_ABOVE
-    )
-    spent, allowed = (size + pooled) * SIGNS_PER_BYTE, PAGE_BYTES
+    calls, pooled = scene.captured, _pooled(scene)
+    spent, allowed = _spent(scene, size), PAGE_BYTES
     if spent <= allowed:
         return
     length = max(map(_length, calls))
@@ -111,7 +145,8 @@ def _check_size(scene: Scene, size: int) -> None:
         ways.append(f"--layers 0 --tokens {one} (any one layer)")
     raise ShapeError(
         f"the page would take about {spent / 2**20:.0f} MB for {len(calls)} layers of {length} "
-        f"tokens; the limit is {allowed / 2**20:.0f} MB. What would fit: {' or '.join(ways)}"
+        f"tokens; the limit is {allowed / 2**20:.0f} MB. What would fit: {' or '.join(ways)}; "
+        "--serve shows any length"
     )
 
 

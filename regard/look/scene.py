@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
-from regard.look.capture import capture
+from regard.look.capture import taps
 from regard.look.image import Image, of_inputs
 from regard.look.record import Captured, CaptureError
 
@@ -53,6 +53,7 @@ class Scene:
     pooling: how the model makes one vector of its token vectors, if its files say so
     dtype: what the model computed in
     image: the picture that the model was given, if its tokens are patches of one
+    beside: another run, whose calls have the shapes of these
     """
 
     title: str
@@ -63,6 +64,22 @@ class Scene:
     pooling: str | None = None
     dtype: str = "float32"
     image: Image | None = None
+    beside: Scene | None = None
+
+    def placed_beside(self, other: Scene) -> Scene:
+        """The scene with another run beside it; raises ShapeError unless their shapes agree."""
+        shapes = [
+            [(call.query.shape[1], *_lengths(call)) for call in scene.captured]
+            for scene in (self, other)
+        ]
+        if shapes[0] != shapes[1]:
+            mine, theirs = (f"{len(s)} layers of {sorted(set(s))}" for s in shapes)
+            raise ShapeError(
+                f"two runs are compared cell by cell, so their (heads, queries, keys) must agree; "
+                f"this one has {mine}, the one beside it {theirs}. limit= or layers= make them "
+                "agree, or a text of as many tokens"
+            )
+        return replace(self, beside=replace(other, beside=None))
 
 
 def of_model(
@@ -87,13 +104,33 @@ def of_model(
         )
     with torch.no_grad():
         plain = _run(model, inputs)
-        with capture(model) as calls:
+        calls: list[Captured] = []
+        with taps(model, calls):
             seen = _run(model, inputs)
-    calls = _readable(type(model).__name__, calls)
-    image = of_inputs(model, inputs, calls[0].key.shape[2])
+    first = calls[0].key.shape[2] if calls else 0
+    image = of_inputs(model, inputs, first)
     if image is not None and tokens is None:
         tokens = Tokens.of_labels(image.labels())
         tokens = replace(tokens, special=tuple(at < image.prefix for at in range(image.length)))
+    name = type(model).__name__
+    scene = of_calls(name, calls, tokens=tokens, layers=layers)
+    change = _largest_change(plain, seen)
+    return replace(scene, title=title or name, change=change, image=image)
+
+
+def of_calls(
+    name: str,
+    calls: Sequence[Captured],
+    *,
+    tokens: Tokens | None = None,
+    layers: Sequence[int] | None = None,
+) -> Scene:
+    """A scene of what was captured: the first sequence of each call.
+
+    name: of the model;  tokens, layers: see `of_model`
+    Raises CaptureError if there is nothing that a page shows.
+    """
+    calls = _readable(name, calls)
     batch = calls[0].query.shape[0]
     notes = [f"The input was a batch of {batch}; this is its first sequence."] if batch > 1 else []
     notes += [
@@ -103,13 +140,11 @@ def of_model(
     ]
     calls = [call for call in calls if call.given is None]
     return Scene(
-        title=title or type(model).__name__,
+        title=name,
         captured=tuple(call.item(0) for call in _chosen(calls, layers)),
         tokens=_checked(tokens, calls),
-        change=_largest_change(plain, seen),
         notes=tuple(notes),
         dtype=str(calls[0].query.dtype).removeprefix("torch."),
-        image=image,
     )
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hmac
+import json
 import secrets
 import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import parse_qsl, urlsplit
 
-from regard.errors import RegardError
+from regard.errors import RegardError, ShapeError
 
 HOST = "127.0.0.1"
+Answering = Callable[[str, Mapping[str, str]], dict[str, Any] | None]
 
 
 class ServeError(RegardError):
@@ -23,6 +28,9 @@ class Server:
 
     html: the page
     port: 0 for any free one
+    answer: of (name, numbers) that the page asks for below its address, None for no such name;
+        a ShapeError of its own is told to the page
+    closed: called once the port is free again
     Raises ServeError if the port is taken.
 
     >>> import urllib.request
@@ -31,12 +39,20 @@ class Server:
     b'<!doctype html>words'
     """
 
-    def __init__(self, html: str, port: int = 0) -> None:
+    def __init__(
+        self,
+        html: str,
+        port: int = 0,
+        *,
+        answer: Answering | None = None,
+        closed: Callable[[], None] | None = None,
+    ) -> None:
         if not 0 <= port < 2**16:
             raise ServeError(f"there is no port {port}; ports are 0 (any that is free) to 65535")
+        self._closed = closed
         self.token = secrets.token_urlsafe(24)
         try:
-            self._server = ThreadingHTTPServer((HOST, port), _answering(html, self.token))
+            self._server = ThreadingHTTPServer((HOST, port), _answering(html, self.token, answer))
         except OSError as error:
             raise ServeError(
                 f"port {port} cannot be used ({error.strerror}); leave the port out to take any "
@@ -65,6 +81,8 @@ class Server:
         """Stop serving and free the port."""
         self._server.shutdown()
         self._server.server_close()
+        if self._closed is not None:
+            self._closed()
 
     def __enter__(self) -> Self:
         return self
@@ -81,11 +99,28 @@ class Server:
         return f"Server({self.url})"
 
 
-def _answering(html: str, token: str) -> type[BaseHTTPRequestHandler]:
+def _answering(html: str, token: str, answer: Answering | None) -> type[BaseHTTPRequestHandler]:
     page, path = html.encode(), f"/{token}/".encode()
 
+    def answered(address: str) -> tuple[int, str, bytes]:
+        """Status, kind and body; the caller knows that the host is ours."""
+        parts = urlsplit(address)
+        asked = parts.path.encode(errors="replace")
+        if not hmac.compare_digest(asked[: len(path)], path):
+            return 404, "text/plain", b"not here: the address needs its token\n"
+        name = asked[len(path) :].decode(errors="replace")
+        if not name:
+            return 200, "text/html", page
+        try:
+            found = None if answer is None else answer(name, dict(parse_qsl(parts.query)))
+        except ShapeError as error:
+            return 400, "application/json", json.dumps({"error": str(error)}).encode()
+        if found is None:
+            return 404, "text/plain", b"there is nothing of this name here\n"
+        return 200, "application/json", json.dumps(found, allow_nan=False).encode()
+
     class Answer(BaseHTTPRequestHandler):
-        """Gives the page at its address, and nothing else to anybody."""
+        """Gives the page at its address, its answers below it, and nothing else to anybody."""
 
         server_version, sys_version = "regard", ""
 
@@ -94,17 +129,17 @@ def _answering(html: str, token: str) -> type[BaseHTTPRequestHandler]:
             # then the browser says that name.
             port = self.connection.getsockname()[1]
             named = self.headers.get("Host", "") in (f"{HOST}:{port}", f"localhost:{port}")
-            asked = self.path.split("?")[0].encode(errors="replace")
-            known = named and hmac.compare_digest(asked, path)
-            body = page if known else b"not here: the address needs its token\n"
-            self.send_response(200 if known else 404)
-            self.send_header("Content-Type", f"text/{'html' if known else 'plain'}; charset=utf-8")
+            status, kind, body = answered(self.path if named else "/")
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.send_header("Referrer-Policy", "no-referrer")
             self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
-            self.wfile.write(body)
+            # The page may have asked for another view meanwhile, and taken this question back.
+            with suppress(ConnectionError):
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing: addresses hold the token."""

