@@ -145,7 +145,7 @@ def page(
 
 def main(given: list[str] | None = None) -> None:
     """Train every model, and write the table and the picture."""
-    options = report.parse(report.arguments(__doc__, seeds=2), given, RESULTS)
+    options = report.parse(report.arguments(__doc__, seeds=3), given, RESULTS)
     jobs = [
         Job(dynamics, spacing, seed)
         for seed in range(options.seeds)
