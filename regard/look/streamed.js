@@ -10,8 +10,8 @@ const state = {
   /** @type {{top: number, left: number, span: number} | null} */ view: null,
 };
 const longestRow = Math.max(...page.layers.map((layer) => layer.m));
-// As many doublings as the longest row allows; log2 of lift from 1/16 of uniform.
-const liftRange = { low: -4, high: Math.min(16, Math.max(3, Math.ceil(Math.log2(longestRow)))) };
+// log2(lift) from 1/16 of uniform to 256 times it, as on a page of its own.
+const liftRange = { low: -4, high: Math.min(8, Math.max(3, Math.ceil(Math.log2(longestRow)))) };
 /** The answer that is drawn, and the plane made of it. @type {any} */
 let shown = null;
 /** Takes a question back that nobody waits for any more. */
