@@ -33,7 +33,10 @@ PUBLISHED = (
     ("ResNet18, augmentation", "94.9", PAGE),
     ("WRN40-4, 8.9 M parameters, augmentation", "96.7", PAGE),
 )
-FOUND = ""
+FOUND = (
+    "A miss: 4 below a plain network of three layers, and 1 above people. Twice through the images "
+    "is less than a minute of one core; more was not tried. One seed, so no spread."
+)
 
 
 def read(folder: Path | None, part: str) -> Batch:
@@ -89,7 +92,7 @@ TASK = Task(
     ("accuracy in %, test part",),
     PUBLISHED,
     FOUND,
-    seeds=2,
+    seeds=1,
 )
 main = TASK.main
 
