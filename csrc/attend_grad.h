@@ -215,7 +215,7 @@ class Backward {
       if (p.norm == Norm::row_sum || p.norm == Norm::identity)
         dlogit = rows.absent(weight) ? Vec<T>{} : dlogit;
       store(dw + at, dlogit);
-      if (p.dropout.lanes) store(w + at, weight * s.logits.drop_factor(p, v.first + j, q));
+      if (p.dropout.lanes) store(w + at, weight * s.logits.drop_factor(p, v.column(j), q));
     });
     clear_outside(v, w);
     clear_outside(v, dw);

@@ -107,7 +107,7 @@ struct LookScratch {
     if (!p.dropout.lanes) return from;
     over(v, [&](int j, int place, int q) {
       const Vec<T> logit = load(from + place);
-      const Bits<T> falls = (logits.drop_factor(p, v.first + j, q) == 0) & (logit != -INF<T>);
+      const Bits<T> falls = (logits.drop_factor(p, v.column(j), q) == 0) & (logit != -INF<T>);
       store(kept + place, falls ? splat(Constants<T>::least) : logit);
     });
     return kept;
@@ -167,7 +167,7 @@ struct Weighed {
       const Vec<T> one = load(raw + place);
       Vec<T> weight = one * load(factor + q * W<T>);
       if (hides) weight = one == 0 ? one : weight;
-      if (p.dropout.lanes) weight *= logits.drop_factor(p, v.first + j, q);
+      if (p.dropout.lanes) weight *= logits.drop_factor(p, v.column(j), q);
       store(tile + place, weight);
       return weight;
     });

@@ -145,7 +145,7 @@ bool multiplies_pairs(const Problem& p) {
 }
 
 bool may_gather(const Problem& p) {
-  return p.mask.present && !p.toeplitz.data && !p.bias.data && !p.band.data && !p.dropout.lanes;
+  return p.mask.present && !p.toeplitz.data && !p.bias.data && !p.band.data;
 }
 
 void attend(Problem p, int threads) {

@@ -196,7 +196,7 @@ class Logits {
   // Multiplies weights by their dropout factors: regard/dropout.py defines them.
   void drop(const Problem& p, const Visible<T>& v, T* tile) const {
     over(v, [&](int j, int at, int q) {
-      store(tile + at, load(tile + at) * drop_factor(p, v.first + j, q));
+      store(tile + at, load(tile + at) * drop_factor(p, v.column(j), q));
     });
   }
 

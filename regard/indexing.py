@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard import errors, grouped
+from regard.custom import Custom
 from regard.form import dense, tiled
 from regard.form.tiles import TILE_NUMBERS
 from regard.part import Index, narrow, positions
@@ -21,6 +23,10 @@ EVERY = slice(None)
 
 def take(matrix: Attention, index: Any) -> Tensor | Attention:
     """Weights where rows or columns are picked; a lazy matrix where only batch axes are."""
+    picks = index if isinstance(index, tuple) else (index,)
+    if picks and picks[0] is None:
+        found = take(matrix, picks[1:])
+        return found[None] if isinstance(found, Tensor) else _with_axis(found)
     *batch_picks, row_pick, column_pick = _complete(index, matrix)
     if any(pick != EVERY for pick in batch_picks):
         sizes = matrix.shape[:-2]
@@ -45,6 +51,22 @@ def take(matrix: Attention, index: Any) -> Tensor | Attention:
     if isinstance(row_pick, int):
         weights = weights.squeeze(-2)
     return weights.squeeze(-1) if isinstance(column_pick, int) else weights
+
+
+def _with_axis(matrix: Attention) -> Attention:
+    """The matrix behind one more batch axis, of size 1."""
+    if isinstance(matrix.score, Custom):
+        raise errors.ShapeError(
+            f"A[None] adds an axis, for which {matrix.score} may not be written; add it to query "
+            "and key."
+        )
+    lanes = matrix.given_lanes
+    return replace(
+        matrix,
+        query=matrix.query[None],
+        key=matrix.key[None],
+        given_lanes=None if lanes is None else lanes[None],
+    )
 
 
 def as_index(pick: Any, length: int, name: str, device: torch.device) -> Index:
@@ -133,7 +155,9 @@ def _complete(index: Any, matrix: Attention) -> list[Any]:
     else:
         picks += missing
     if any(pick is None for pick in picks):
-        raise errors.ShapeError("None adds an axis, which a lazy matrix cannot; index the result.")
+        raise errors.ShapeError(
+            "None adds an axis in front of a lazy matrix alone, A[None]; index the result."
+        )
     return [_plain(pick) for pick in picks]
 
 

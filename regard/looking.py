@@ -41,7 +41,8 @@ class Looking:
     def topk(self, k: int) -> TopK:
         """The k largest weights of each row, descending, and their keys: (values, indices).
 
-        [*batch, heads, n, k] each; where a row sees fewer keys, index -1 and weight 0.
+        [*batch, heads, n, k] each; where a row sees fewer keys, index -1 and weight 0. A row with a
+        weight that is NaN has no order: its values are NaN and its indices -1.
 
         >>> import regard
         >>> regard.attention(torch.zeros(2, 1), torch.zeros(2, 1)).topk(3).values

@@ -137,6 +137,22 @@ class Attention(Factor, Looking):
         """The device of query and key."""
         return self.query.device
 
+    def to(self, device: torch.device | str) -> Attention:
+        """The same matrix on another device: its query, key and the tensors of its parts."""
+        rule, mask, lanes = self.rule, self.mask, self.given_lanes
+        return Attention(
+            self.query.to(device),
+            self.key.to(device),
+            rule.with_tensors([x.to(device) for x in rule.tensors()]),
+            None if mask is None else mask.with_tensors([x.to(device) for x in mask.tensors()]),
+            self.dropout,
+            None if lanes is None else lanes.to(device),
+        )
+
+    def cpu(self) -> Attention:
+        """The same matrix in the computer's own memory; see `to`."""
+        return self.to("cpu")
+
     @property
     def score(self) -> Score:
         """The score."""

@@ -255,7 +255,7 @@ class Relu(Normalizer):
         return not self.mean
 
     def whole(self, logits: Tensor) -> Tensor:
-        count = (logits > -torch.inf).sum(-1, keepdim=True).clamp(min=1) if self.mean else 1
+        count = (logits != -torch.inf).sum(-1, keepdim=True).clamp(min=1) if self.mean else 1
         return torch.relu(logits) / count
 
     def finish(self, state: State) -> tuple[Tensor, Row]:
@@ -277,7 +277,7 @@ class Relu(Normalizer):
         return torch.relu(logits)
 
     def _total(self, logits: Tensor, weights: Tensor) -> Tensor:
-        return (logits > -torch.inf).sum(-1).to(logits.dtype)
+        return (logits != -torch.inf).sum(-1).to(logits.dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -115,11 +115,26 @@ class Factor:
     ) -> Any:
         """Python sends `A @ x` to A; torch.compile sends it here, with the factors exchanged.
 
-        Everything else is refused, as is x @ A where nothing is compiled.
+        What torch.stack and torch.cat return can only be a tensor: of weights, up to the limit of
+        `dense`. Everything else is refused, as is x @ A where nothing is compiled.
         """
         if torch.compiler.is_compiling():
             if function is operator.matmul and isinstance(args[0], cls):  # in torch.export
                 return args[0].matmul(args[1])  # type: ignore[attr-defined]
             if function in (Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], cls):
                 return args[1].matmul(args[0])  # type: ignore[attr-defined]
-        return NotImplemented
+            return NotImplemented
+        if function in (torch.stack, torch.cat):
+            several = [x.dense() if isinstance(x, Factor) else x for x in args[0]]  # type: ignore[attr-defined]
+            return function(several, *args[1:], **(kwargs or {}))
+        raise TypeError(f"{getattr(function, '__name__', function)} takes tensors; {_NO_TENSOR}")
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """Refused: torch.compile cannot tell it from `A @ x`."""
+        raise TypeError(f"x @ A would multiply tensors; {_NO_TENSOR}")
+
+
+_NO_TENSOR = (
+    "a lazy matrix is none. A.dense() is one, of n x m numbers; A @ x and A.mT @ x multiply "
+    "without it, and (A.mT @ x.mT).mT is x @ A."
+)

@@ -216,7 +216,9 @@ LOOKS = {
     "too many": (IndexError, ["5 indices", "4 axes"], lambda: MATRIX[0, 0, 0, 0, 0]),
     "logits row": (IndexError, ["5", "5 rows"], lambda: MATRIX.logits(rows=5)),
     "logits column": (IndexError, ["9", "6 columns"], lambda: MATRIX.logits(columns=[0, 9])),
-    "new axis": (RegardError, ["None"], lambda: MATRIX[None]),
+    "new axis": (RegardError, ["A[None]"], lambda: MATRIX[0, None]),
+    "of tensors alone": (TypeError, ["A.dense()", "A @ x"], lambda: torch.softmax(MATRIX, -1)),
+    "right factor": (TypeError, ["(A.mT @ x.mT).mT"], lambda: VALUE.mT @ MATRIX),
     "fraction": (RegardError, ["0.5"], lambda: MATRIX[..., 0.5, :]),
     "short bool": (
         (RegardError, IndexError),

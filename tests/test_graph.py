@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_laws import assert_rounding
 
-from regard import Additive, Causal, DtypeError, ShapeError, Softmax, attention
+from regard import Additive, Causal, Dropout, DtypeError, ShapeError, Softmax, attention
 from regard.form import FORMS
 from regard.graph import Graph
 from regard.kernel import extension
@@ -65,6 +65,21 @@ def test_keys_from_anywhere_make_a_block(isa, score, norm):
     graph = Graph(torch.stack([edges(200, 600)[0], edges(200, 70)[1]]))
     some = attention(
         matrix.query, matrix.key, score=matrix.score, mask=graph, normalizer=matrix.normalizer
+    )
+    wanted = laws.results(some, value, "dense")
+    with extension.instruction_set(isa):
+        assert_rounding(laws.results(some, value, "fused"), wanted, 1)
+
+
+@pytest.mark.skipif(CPU is None, reason="the compiled kernels are not installed")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("score", ["dot", "leaky_relu"])
+def test_weights_of_keys_from_anywhere_fall_as_in_dense(isa, score):
+    sizes = laws.Sizes(batch=2, heads=2, key_heads=1, n=70, m=600, width=12, value_width=20)
+    matrix, value = laws.Case(score, "none", "none", "softmax", sizes, seed=5).build(torch.float64)
+    graph = Graph(torch.stack([edges(400, 600)[0], edges(400, 70)[1]]))
+    some = attention(
+        matrix.query, matrix.key, score=matrix.score, mask=graph, dropout=Dropout(0.4, seed=3)
     )
     wanted = laws.results(some, value, "dense")
     with extension.instruction_set(isa):

@@ -227,3 +227,19 @@ def test_a_capture_sees_the_documents_that_only_regard_reads(causal_alone):
         torch.testing.assert_close(call.matrix @ call.value, call.output)
         assert call.causal == causal_alone == (call.mask is None)  # a triangle needs no tensor
         assert call.matrix.dense()[..., 4, :4].any() == causal_alone
+
+
+def test_whisper_cuts_and_stacks_what_it_attended_to():
+    """Its generate splits the batch, moves entries to the CPU and stacks them: tensors come out."""
+    model, found = build("whisper"), []
+    how = {"return_dict_in_generate": True, "output_attentions": True, "max_new_tokens": STEPS}
+    for implementation in ("eager", "regard"):
+        model.set_attn_implementation(implementation)
+        with exact_eager():
+            found.append(model.generate(inputs("whisper")["input_features"], **how))
+    expected, told = found
+    assert torch.equal(told.sequences, expected.sequences)
+    torch.testing.assert_close(told.encoder_attentions, expected.encoder_attentions, **CLOSE)
+    for name in ("decoder_attentions", "cross_attentions"):
+        for step in zip(told[name], expected[name], strict=True):
+            torch.testing.assert_close(*step, **CLOSE)

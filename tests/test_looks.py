@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from laws import MASKS, NORMALIZERS, POSITIONS, SCORES, Case, Sizes, condition
 from test_laws import COMPILED, assert_rounding
 
-from regard import Attention, Causal, Dropout, Relu, Sigmoid, Softmax, attention
+from regard import Attention, Bias, Causal, Dropout, Relu, Sigmoid, Softmax, attention
 from regard.form import looks
 from regard.kernel import cpu, extension
 
@@ -213,6 +213,33 @@ def test_a_row_that_overflowed_is_not_a_number_at_any_key():
     A = attention(x, torch.tensor([[torch.inf], [torch.inf], [-3e38]]))
     assert A.dense().isnan().all()
     assert A.received().isnan().all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("normalizer", NORMS, ids=repr)
+def test_a_row_with_a_nan_has_no_largest_weights(normalizer):
+    """NaN is neither more nor less than a weight: it is not left out, as if rows saw less."""
+    query, key = torch.randn(2, 70, 8, dtype=torch.float64).unbind(0)
+    key[40] = torch.nan  # rows from 40 on see it
+    A = attention(query, key, mask=Causal(), normalizer=normalizer)
+    found = A.statistics(topk=2, pool=10)
+    for values, indices in (found.topk, A.topk(2)):
+        assert values[40:].isnan().all()
+        assert (indices[40:] == -1).all()
+        assert values[:40].isfinite().all()
+        assert (indices[1:40] >= 0).all()
+    weights = A.dense().tril()  # hidden pairs have none
+    wanted = weights.unflatten(-1, (7, 10)).unflatten(0, (7, 10)).amax((1, 3))
+    for largest in (found.pool.max, A.pool(10, reduce="max")):
+        assert torch.allclose(largest, wanted, equal_nan=True)
+
+
+@pytest.mark.usefixtures("way")
+def test_hidden_by_infinite_biases_is_not_a_nan():
+    bias = torch.where(torch.eye(9, dtype=torch.bool), 0, -torch.inf)
+    found = attention(torch.randn(9, 4), torch.randn(9, 4), position=Bias(bias)).topk(1)
+    assert (found.values == 1).all()
+    assert found.indices[:, 0].tolist() == list(range(9))
 
 
 @COMPILED_ONLY

@@ -231,3 +231,23 @@ def test_the_seed_of_dropout_comes_from_torch():
     torch.manual_seed(9)
     assert Dropout(0.1) == first
     assert Dropout(0.1) != first
+
+
+def test_an_axis_in_front_and_tensors_of_several():
+    lengths = Padding.of_lengths(torch.tensor([6, 4]), 6)
+    A = example(position=Alibi.of(4), mask=lengths & Causal(), dropout=Dropout(0.5, seed=1))
+    assert A[1][None].shape == (1, 4, 6, 6)
+    assert torch.equal(A[1][None].dense(), A.dense()[1:])
+    assert torch.equal(A[None, 1, :, 2], A.dense()[None, 1, :, 2])
+    assert torch.equal(torch.cat([A[0][None], A[1][None].cpu()]), A.dense())
+    assert torch.equal(torch.stack([A[0], A[1]], dim=1), A.dense().transpose(0, 1))
+    with pytest.raises(ShapeError, match=re.escape("add it to query and key")):
+        example(score=lambda query, key, i, j: query @ key.mT)[None]
+
+
+def test_another_device_takes_every_tensor():
+    A = example(position=Alibi.of(4) + Bias(torch.zeros(6, 6)), mask=Documents(torch.arange(6)))
+    there = A.to("meta")
+    assert there.device == there.rule.tensors()[0].device == torch.device("meta")
+    assert all(x.device == there.device for x in there.mask.tensors())
+    assert torch.equal(A.to("cpu").dense(), A.dense())

@@ -51,7 +51,7 @@ TENSOR, WHOLE, REAL, TUPLE = "tensor", "whole", "real", "tuple"
 
 
 class Words(NamedTuple):
-    """Parts as a graph holds them, filled by `add`; read by `_read`."""
+    """Parts as a graph holds them, filled by `add`; read by `read_parts`."""
 
     words: list[str]
     tensors: list[Tensor]
@@ -235,14 +235,14 @@ def _matrix(
     from regard.matrix import Attention
 
     form, rule, mask, dropout, lanes = (
-        _read(tensors, words, *numbers)
+        read_parts(tensors, words, *numbers)
         if tensors
         else _read_once(words, *map(tuple, numbers))  # the same parts, so the same runs of masks
     )
     return Attention(query, key, rule, mask, dropout, lanes), form
 
 
-def _read(tensors: Sequence[Tensor], words: str, *numbers: Sequence[float]) -> list[Any]:
+def read_parts(tensors: Sequence[Tensor], words: str, *numbers: Sequence[float]) -> list[Any]:
     """What has been put into words."""
     left = iter(words.split())
     sources: dict[str, Iterator[Any]] = {
@@ -275,7 +275,7 @@ _CONSTANTS = {"None": None, "True": True, "False": False}
 
 @lru_cache(maxsize=64)
 def _read_once(words: str, *numbers: Sequence[float]) -> list[Any]:
-    return _read((), words, *numbers)
+    return read_parts((), words, *numbers)
 
 
 _MATRIX = "Tensor query, Tensor key, Tensor x, Tensor[] tensors, str words, SymInt[] whole, "

@@ -7,7 +7,9 @@ is a product with the transpose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -143,6 +145,37 @@ def _in_kernels(matrix: Attention) -> bool:
 
 
 def _look(matrix: Attention, asked: Asked) -> Looks:
+    found = _found(matrix, asked)
+    if (asked.k or asked.largest) and not _comparable(matrix, found):
+        _mark(matrix, asked, found)
+    return found
+
+
+def _comparable(matrix: Attention, found: Looks) -> bool:
+    """Whether no weight can be NaN, neither more nor less than another; -inf biases hide."""
+    vectors = (matrix.query, matrix.key)
+    sums = [x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in vectors]
+    biases = [x.detach().sum() for x in matrix.rule.tensors() if x.is_floating_point()]
+    overflowed = isinstance(matrix.rule.normalizer, Softmax) and bool(found.total.isnan().any())
+    return (
+        not overflowed
+        and all(math.isfinite(x) for x in sums)
+        and not any(math.isnan(x) or x == math.inf for x in biases)
+    )
+
+
+def _mark(matrix: Attention, asked: Asked, found: Looks) -> None:
+    """NaN, and index -1, where largest weights were asked of rows or cells with a NaN."""
+    known = _found(matrix, Asked(entropy=True, mass=asked.largest, side=asked.side))
+    if asked.k:
+        rows = known.entropy.isnan()[..., None]
+        found.values.masked_fill_(rows, torch.nan)
+        found.indices.masked_fill_(rows, -1)
+    if asked.largest:
+        found.largest.masked_fill_(known.mass.isnan(), torch.nan)
+
+
+def _found(matrix: Attention, asked: Asked) -> Looks:
     if _in_kernels(matrix):
         return fused.look(matrix, asked)
     tiles = Tiles.of(matrix)
@@ -150,7 +183,11 @@ def _look(matrix: Attention, asked: Asked) -> Looks:
     row = tiles.rows(query, key)
     homes = asked.homes(query, tiles.shape[-1], tiles.batch, 1).gathered()
     answers = _Answers(tiles, asked, homes._replace(peak=row.peak, total=row.total))
+    spoiled = bool(row.total.isnan().any())
     for tile in tiles.walk(query, key, row):
+        if spoiled:  # a row that is not a number has none of them where pairs are hidden
+            hidden = tile.logits == -torch.inf
+            tile = replace(tile, weights=tile.weights.masked_fill(hidden, 0))
         answers.take(tile)
     return answers.finish()
 

@@ -86,11 +86,11 @@ def _of_operator(
     query: Tensor, key: Tensor, x: Tensor, tensors: Sequence[Tensor], words: str, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`regard::product` and the rows it returns beside, which only gradients read."""
-    from regard.form.in_graph import _read
+    from regard.form.in_graph import read_parts
     from regard.matrix import Attention
 
     whole, real, transposed, _ = rest
-    parts = _read(tensors, words, whole, real)[1:]  # all but the form that was asked for
+    parts = read_parts(tensors, words, whole, real)[1:]  # all but the form that was asked for
     matrix = Attention(query, key, *parts)
     output = product(Transposed(matrix) if transposed else matrix, x)
     rows = query.new_zeros(matrix.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
