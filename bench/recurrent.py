@@ -6,8 +6,8 @@ Decoding: time of one more token after t, and what is kept: softmax that compute
 again, softmax with a KV cache, and a recurrent state.
 A time is the median of the rounds, 5 up to 4096 tokens and 3 above: of the wall clock in training,
 where ways take turns, and of the processor in decoding, which has one thread. Softmax attention is
-left out above 16384 tokens. "added" is the peak of a fresh process above its inputs
-and gradients.
+left out above 16384 tokens, recomputing above 4096. "added" is the peak of a fresh process above
+its inputs and gradients.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from regard.nn import SelfAttention
 
 WIDTH, CHUNK = 64, 64
 QUADRATIC = 16384  # tokens above which what grows with their square is left out
+RECOMPUTED = 4096  # and what does so for each token
+RECOMPUTED = 4096  # and what does so for each token
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -133,37 +135,61 @@ def training(most: int) -> None:
         n *= 4
 
 
+AFTER = (1, 16, 256, 1024, 4096, 16384, 100_000)
+"""Tokens before the one that is timed."""
+
+
+AFTER = (1, 16, 256, 1024, 4096, 16384, 100_000)
+"""Tokens before the one that is timed."""
+
+
 def decoding(most: int) -> None:
     """The second table: layers of 8 heads of width 64."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # so little work that a second thread only waits
     linear = SelfAttention(8 * WIDTH, 8, score=Features(), normalizer=RowSum(eps=1e-6))
     plain = SelfAttention(8 * WIDTH, 8)
+    found: dict[str, dict[int, float]] = {}
     print("| after t tokens | way | one token, ms | kept, KiB |\n|---|---|---|---|")
-    t = 1
-    while t <= most:
+    for t in (t for t in AFTER if t <= most):
         x = torch.randn(1, t, 8 * WIDTH)
-        cache, state = plain.state(), linear.state()
-        plain(x, state=cache)
-        linear(x, state=state)
-        calls = {
-            "recompute": lambda x=x: plain(x, mask=Causal()),
-            "KV cache": lambda x=x, cache=cache: plain.step(x[:, -1], cache),
-            "recurrent state": lambda x=x, state=state: linear.step(x[:, -1], state),
-        }
-        kept = {"recompute": 0, "KV cache": cache.bytes, "recurrent state": state.bytes}
+        calls, kept = {}, {}
+        if t <= RECOMPUTED:
+            calls["recompute"], kept["recompute"] = lambda x=x: plain(x, mask=Causal()), 0
+        for name, layer in (("KV cache", plain), ("recurrent state", linear)):
+            if layer is linear or t <= QUADRATIC:
+                state = layer.state()
+                layer(x, state=state)
+                kept[name] = state.bytes
+                calls[name] = partial(layer.step, x[:, -1], state)
         for name, run in calls.items():  # not in turns: recomputing empties the caches
             rounds = 3 if name == "recompute" else 30
             each = seconds({name: run}, rounds, time.process_time)[name]
+            found.setdefault(name, {})[t] = each
             print(f"| {t} | {name} | {each * 1e3:.2f} | {kept[name] / 1024:.0f} |", flush=True)
-        t *= 16
+    print(f"\n{crossover(found['KV cache'], found['recurrent state'])}")
+
+
+def crossover(cache: dict[int, float], state: dict[int, float]) -> str:
+    """Between which lengths the state becomes the faster one for good."""
+    slower = [t for t in cache if cache[t] <= state[t]]
+    later = [t for t in cache if t > max(slower, default=0)]
+    if not later:
+        return f"A cache is as fast as the state up to {max(cache)} tokens."
+    if not slower:
+        return "The state is faster than a cache at every length."
+    return (
+        f"A cache is as fast up to {max(slower)} tokens, and the state faster from {later[0]} on."
+    )
 
 
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65536, help="longest sequence in training")
-    parser.add_argument("--decode", type=int, default=4096, help="longest sequence in decoding")
+    parser.add_argument(
+        "--decode", type=int, default=AFTER[-1], help="longest sequence in decoding"
+    )
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
