@@ -8,7 +8,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 #include <pthread.h>
+#ifdef REGARD_X86
+#include <cpuid.h>
+#endif
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <new>
@@ -17,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "parallel.h"
 #include "problem.h"
 
 namespace nb = nanobind;
@@ -45,12 +50,15 @@ std::vector<const Kernels*> builds() {
   std::vector<const Kernels*> all;
 #ifdef REGARD_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;  // Clang's __builtin_cpu_supports knows no f16c before version 19
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+#ifdef REGARD_BF16
   if (avx512 && __builtin_cpu_supports("avx512bf16")) all.push_back(&avx512_bf16::kernels);
+#endif
   if (avx512) all.push_back(&avx512::kernels);
   if (avx2) all.push_back(&avx2::kernels);
 #endif
@@ -110,18 +118,17 @@ void run(const Kernel& kernel, const Problem& p, int threads) {
     for (int64_t item = 0; item < items; ++item) kernel.run(p, item, memory);
     return;
   }
-  bool starved = false;
-#pragma omp parallel num_threads(team)
-  {
+  std::atomic<bool> starved = false;
+  std::atomic<int64_t> next = 0;
+  parallel(team, [&] {
     void* memory = scratch_of_thread.at_least(bytes);
     if (bytes && !memory) {
-#pragma omp atomic write
       starved = true;
+      return;
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; ++item)
-      if (!bytes || memory) kernel.run(p, item, memory);
-  }
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+      kernel.run(p, item, memory);
+  });
   if (starved) throw std::bad_alloc();
 }
 
@@ -255,12 +262,11 @@ void attend_plain(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out
 double peak_flops(int threads, double seconds) {
   const Kernels& k = kernels();
   const int64_t rounds = 1 << 20;
-  double flops = 0;
+  std::atomic<double> flops = 0;
   const auto begin = std::chrono::steady_clock::now();
   std::chrono::duration<double> spent{};
   do {
-#pragma omp parallel num_threads(threads) reduction(+ : flops)
-    flops += k.peak(rounds);
+    parallel(threads, [&] { flops += k.peak(rounds); });
     spent = std::chrono::steady_clock::now() - begin;
   } while (spent.count() < seconds);
   return flops / spent.count();
