@@ -55,6 +55,12 @@ def _turned(start, rows, columns, length, width):
 
 
 @triton.jit
+def _plus(total, x, y, PRECISION: tl.constexpr):
+    """What was summed, and x y; out_dtype, since Triton 3.7 takes it for float32."""
+    return tl.dot(x, y, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
 def _entered(decay, tokens, n, C: tl.constexpr, REVERSE: tl.constexpr):
     """e [C], or with REVERSE f."""
     if REVERSE:
@@ -93,7 +99,7 @@ def _products(
     for first in range(0, d, D):
         channels = first + tl.arange(0, D)
         one, other = _tile(x, tokens, channels, n, d), _tile(y, tokens, channels, n, d)
-        total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION)
+        total = _plus(total, one, tl.trans(other), PRECISION)
     return total
 
 
@@ -136,7 +142,7 @@ def _carry(
             if decay is not None:
                 part *= leaves[:, None]
             other = _tile(y + at * e, tokens, columns, n, e)
-            state = tl.dot(tl.trans(part), other, state, input_precision=PRECISION)
+            state = _plus(state, tl.trans(part), other, PRECISION)
     tl.store(ended + lane * d * e + place, state, mask=inside)
 
 
@@ -170,7 +176,7 @@ def _read(
         else:
             state = _tile(before, channels, columns, d, e)
         part = _tile(own, tokens, channels, n, d)
-        total = tl.dot(part, state, total, input_precision=PRECISION)
+        total = _plus(total, part, state, PRECISION)
     if decay is None:
         row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
         seen = row <= column if REVERSE else row >= column
@@ -182,7 +188,7 @@ def _read(
         scores = _products(own, y + at * d, tokens, n, d, C, D, PRECISION)
         scores = tl.where(seen, scores, 0.0) if decay is None else scores * kept
         other = _tile(z + at * e, tokens, columns, n, e)
-        total = tl.dot(scores, other, total, input_precision=PRECISION)
+        total = _plus(total, scores, other, PRECISION)
     place = reader * n * e + tokens[:, None] * e + columns[None, :]
     tl.store(found + place, total, mask=(tokens < n)[:, None] & (columns < e)[None, :])
 
@@ -200,7 +206,7 @@ def _met(
         for first in range(0, d, D):
             channels = first + tl.arange(0, D)
             part, tile = _tile(x, tokens, channels, n, d), _tile(state, channels, columns, d, e)
-            total = tl.dot(part, tile, total, input_precision=PRECISION)
+            total = _plus(total, part, tile, PRECISION)
         met += tl.sum(total * _tile(z, tokens, columns, n, e), 1)
     return met
 
