@@ -12,7 +12,17 @@ import os
 import pytest
 import torch
 
-from regard import Causal, Documents, Features, Identity, RowSum, attention, recur
+from regard import (
+    Alibi,
+    Causal,
+    Documents,
+    Features,
+    Identity,
+    PositionOnly,
+    RowSum,
+    attention,
+    recur,
+)
 from regard.feature_map import identity
 from regard.form import chunks_gpu
 
@@ -129,6 +139,21 @@ def test_heads_in_groups_documents_and_row_sums(ran, batch, decay_heads):
     output, state = recur(A, value)
     assert state.shape == ((4 if decay_heads == 4 else 2), 8, 9)
     assert_rounding([output], found[:1])
+
+
+def test_position_alone_is_a_state_of_one_number_for_each_channel(ran):
+    """Keys and queries of width 1, which all heads and batch entries share."""
+    torch.manual_seed(0)
+    query, key, value = (draw(2, 3, 40, 5) for _ in range(3))
+    slopes = torch.rand(3, dtype=torch.float64).to(DEVICE).requires_grad_()
+    A = attention(query, key, score=PositionOnly(), position=Alibi(slopes), mask=Causal())
+    weights = torch.randn_like(value)
+    ours, dense = (
+        derived([A.matmul(value, form=form)], [value, slopes], weights)
+        for form in ("recurrent", "dense")
+    )
+    assert ran == ["forward", "backward"]
+    assert_rounding(ours, dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

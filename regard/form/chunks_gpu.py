@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -114,6 +115,11 @@ def _kernels() -> Any:
         raise errors.MissingPackageError("triton", extra="gpu") from error
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class _Chunked(torch.autograd.Function):
     """The kernels' products: query [lanes * readers, n, d], decay [lanes, n], others [lanes, .]."""
 
@@ -121,14 +127,17 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, in_pytorch: Scan, *inputs: Any) -> Any:
         ctx.in_pytorch = in_pytorch
         ctx.save_for_backward(*inputs)
-        return _kernels().forward(*inputs)
+        with _on(inputs[0].device):
+            return _kernels().forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # of create_graph=True
             return None, *_differentiable(ctx.in_pytorch, inputs, gradients)
-        return None, *_kernels().backward(inputs, *(each.contiguous() for each in gradients))
+        with _on(inputs[0].device):
+            found = _kernels().backward(inputs, *(each.contiguous() for each in gradients))
+        return None, *found
 
 
 def _differentiable(
