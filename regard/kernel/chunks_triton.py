@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Compiled for sm_80 with exact float32 products, `_carry` and `_read` spill nothing at 32 (`_decays`
-# 40 bytes a thread), and 2 to 8 KB a thread at 64. No size was timed.
+# Compiled for sm_80 with exact float32 products, `_carry` and `_read` spill nothing at 32,
+# `_decays` 40 bytes a thread, and each of them 2 to 8 KB a thread at 64. No size was timed.
 CHUNK = 32
 """Tokens of a chunk."""
 SIDE = 32
