@@ -190,10 +190,18 @@ def main() -> None:
     parser.add_argument(
         "--decode", type=int, default=AFTER[-1], help="longest sequence in decoding"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: training")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         measure(options.measure, options.tokens)
+        return
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch has no CUDA device here")
+        from bench import recurrent_gpu
+
+        recurrent_gpu.training(options.tokens)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     training(options.tokens)

@@ -143,7 +143,7 @@ def _rows(found: dict[str, list[list[float]]]) -> list[tuple[str, ...]]:
 
 def main(given: list[str] | None = None) -> None:
     """Train every model, and write the tables and the picture."""
-    options = report.parse(report.arguments(__doc__, seeds=2), given, RESULTS)
+    options = report.parse(report.arguments(__doc__), given, RESULTS)
     jobs = [
         Job(mixer, width, twice, seed)
         for seed in range(options.seeds)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from regard.features import after
+from regard.form import chunks_gpu
 
 # Of 32, 64 and 128 the fastest forward and backward, n = 4096 and width 64 on one core with AVX2,
 # without a decay, with one number for each head, and with one for each token.
@@ -74,10 +75,16 @@ def broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 def scan(tokens: Tokens, state: Tensor) -> tuple[Tensor | None, Tensor]:
     """Outputs [*lanes, n, e] of all tokens, and the state after them."""
-    n = tokens.key.shape[-2]
-    if n == 1:
+    if tokens.key.shape[-2] == 1:
         return step(tokens, state)
-    outputs = []
+    if chunks_gpu.runs(tokens):
+        return chunks_gpu.scan(tokens, state, in_pytorch)
+    return in_pytorch(tokens, state)
+
+
+def in_pytorch(tokens: Tokens, state: Tensor) -> tuple[Tensor | None, Tensor]:
+    """`scan`, as products of PyTorch's."""
+    n, outputs = tokens.key.shape[-2], []
     for piece, size in _pieces(tokens, min(CHUNK, max(n, 1))):
         output, state = _again(piece, state, size)
         outputs.append(output)

@@ -25,7 +25,7 @@ from torch import Tensor
 from regard import errors
 from regard.dropout import Dropout
 from regard.features import Features
-from regard.form import chunks, fused
+from regard.form import chunks, chunks_gpu, fused
 from regard.form.chunks import Tokens
 from regard.form.groups import Groups
 from regard.form.past import Past, past
@@ -157,11 +157,14 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
         return "one state of all keys, in PyTorch", lanes * d * d * size, 1
     erases = isinstance(score, Features) and score.erases
     by_channel = isinstance(score, Features) and score.by_channel
+    on_gpu = chunks_gpu.kernel(matrix.query.device, matrix.shape[-1], erases, by_channel)
+    if on_gpu.states:
+        return on_gpu.said, lanes * on_gpu.states * d * d * size, chunks_gpu.CHUNK
     numbers = chunks.CHUNK + by_channel * d
     tokens = min(matrix.shape[-1], max(chunks.PIECE_NUMBERS // max(lanes * numbers, 1), 1))
     # Counted with torch's profiler, for widths of 16 and 64 (tests/test_recurrent_costs.py).
     held = 3 * chunks.CHUNK + (6 + 15 * erases + 6 * by_channel) * d
-    how = "a state and chunks of tokens, in PyTorch, backward recomputes"
+    how = f"a state and chunks of tokens, in PyTorch{on_gpu.said}, backward recomputes"
     return how, lanes * tokens * held * size, chunks.CHUNK
 
 
