@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
-from regard.look.figure import Figure, FigureError, spot_of
+from regard.look.drawing import Figure, FigureError
 from regard.look.page import page_of, streamed_page_of
 from regard.look.payload import is_streamed
 from regard.look.record import Captured, CaptureError
@@ -30,6 +30,7 @@ from regard.look.scene import Scene, Tokens, of_arrays, of_model
 from regard.look.serve import ServeError, Server
 from regard.look.shown import Shown
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
+from regard.look.spot import spot_of
 from regard.look.statistics import HeadRow, Table
 from regard.look.stream import Stream
 from regard.matrix import Attention

@@ -19,6 +19,8 @@ SCRIPTS = (
     "paint.js",
     "kinds.js",
     "heads.js",
+    "view.js",
+    "axes.js",
     "map.js",
     "tokens.js",
     "steps.js",

@@ -70,15 +70,17 @@ function fit(canvas, width, height) {
 
 /** Cells as device pixels; masked cells are hatched, which no weight is.
  * @param {CanvasRenderingContext2D} context @param {Plane} plane
- * @param {{width: number, height: number}} box in CSS pixels */
-function planeImage(context, plane, box) {
+ * @param {{width: number, height: number}} box in CSS pixels
+ * @param {(weight: number, at: number) => number[]} colour of a cell */
+function planeImage(context, plane, box,
+  colour = (weight, at) => rampColour(share(weight, plane.lift[at]))) {
   const ratio = window.devicePixelRatio || 1, hatch = HATCH[tone];
   const width = Math.round(box.width * ratio), height = Math.round(box.height * ratio);
   const image = context.createImageData(width, height);
   const pixels = new Uint32Array(image.data.buffer);
   const ground = packed(hatch.ground), line = packed(hatch.line);
   const colours = Uint32Array.from(plane.weight, (weight, cell) =>
-    (Number.isNaN(weight) ? 0 : packed(rampColour(share(weight, plane.lift[cell])))));
+    (Number.isNaN(weight) ? 0 : packed(colour(weight, cell))));
   const columns = Uint32Array.from({ length: width },
     (_, x) => Math.floor(x * plane.columns / width));
   const stripe = Math.max(4, Math.round(5 * ratio));

@@ -76,8 +76,8 @@ class Scene:
             mine, theirs = (f"{len(s)} layers of {sorted(set(s))}" for s in shapes)
             raise ShapeError(
                 f"two runs are compared cell by cell, so their (heads, queries, keys) must agree; "
-                f"this one has {mine}, the one beside it {theirs}. limit= or layers= make them "
-                "agree, or a text of as many tokens"
+                f"this one has {mine}, the one beside it {theirs}. limit= (--tokens) or layers= "
+                "(--layers) make them agree, or a text of as many tokens"
             )
         return replace(self, beside=replace(other, beside=None))
 

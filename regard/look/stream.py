@@ -14,9 +14,9 @@ from torch import Tensor
 
 from regard.errors import ShapeError
 from regard.look import visible
-from regard.look.figure import spot_of
 from regard.look.sampled import Estimate, Region, typical_error
 from regard.look.scene import Scene
+from regard.look.spot import spot_of
 
 BLOCKS = 128  # per side of the map, at most
 ROWS = 64  # computed before anybody may ask for something else: 32 MiB at 131,072 keys
