@@ -66,7 +66,7 @@ def test_the_sign_has_a_colour(browser, runs):
 
 
 def test_saved_as_svg_png_and_csv(browser, runs, tmp_path):
-    seen, other, path = runs
+    seen, _other, path = runs
     page = Reader(browser, path)
     page.go("#layer=1&head=1&i=4&j=2")
     page.settles(layer=1, head=1, i=4, j=2)

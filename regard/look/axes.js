@@ -140,3 +140,27 @@ function mapFigure(at = shown, image = pixelImage) {
   }
   return { nodes, width: box.x + box.width, height: box.y + box.height };
 }
+
+/** The colour bar of the page. */
+function drawLegend() {
+  const { low, high } = liftRange, canvas = document.createElement("canvas"), width = 220;
+  const context = fit(canvas, width, 12);
+  for (let x = 0; x < width; x++) {
+    context.fillStyle = css(rampColour(x / (width - 1)));
+    context.fillRect(x, 0, 1, 12);
+  }
+  const middle = state.scale !== "weight" ? -low / (high - low) : 0.5;
+  const words = state.scale !== "weight" ? ["≤ 1/16", "uniform", `≥ ${2 ** high}× uniform`]
+    : ["weight 0", "0.5", "1"];
+  const labels = words.map((textContent, at) => {
+    const label = make("span", { textContent });
+    label.style.left = `${100 * [0, middle, 1][at]}%`;
+    return label;
+  });
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `Colour scale from ${words[0]} to ${words[2]}`);
+  const masked = page.layers.some((layer) => layer.spans || layer.bits || layer.masked);
+  element("legend").replaceChildren(
+    make("div", { className: "ramp" }, canvas, make("div", { className: "ticks" }, ...labels)),
+    ...(masked ? [make("span", { className: "swatch masked" }), "masked"] : []));
+}

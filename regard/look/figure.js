@@ -152,7 +152,7 @@ async function savePanel(name, kind) {
   const layer = page.layers[state.layer];
   const whole = name === "heads" ? "" : `-L${layer.number}-H${state.head}`;
   const file = `regard-${name}${whole}.${kind}`;
-  if (kind === "csv") return hand(file, new Blob([csv(PANELS[name].rows())], { type: "text/csv" }));
+  if (kind === "csv") return hand(file, new Blob([csv(await PANELS[name].rows())], { type: "text/csv" }));
   const figure = figureOf(name), text = new XMLSerializer().serializeToString(figure);
   if (kind === "svg") return hand(file, new Blob([text], { type: "image/svg+xml" }));
   const picture = new Image();

@@ -24,10 +24,6 @@ function buildMap() {
     const cell = wasDragged() ? null : cellAt(event);
     if (cell) select({ i: cell.i, j: cell.j, pinned: true });
   });
-  element("view").addEventListener("change", () => {
-    state.plane = /** @type {HTMLSelectElement} */ (element("view")).value;
-    select({});
-  });
   addEventListener("resize", soon(drawMap));
 }
 
@@ -128,32 +124,6 @@ function drawMap() {
   element("map-busy").textContent = missing ? `computing exact cells: ${missing} tiles to go` : "";
   clearTimeout(refining);
   if (missing) refining = setTimeout(drawMap, 0);
-}
-
-/** Offer both planes where cells are pooled. @param {number} size */
-function offerPlanes(size) {
-  const view = /** @type {HTMLSelectElement} */ (element("view"));
-  const words = { mean: `mean of ${size} × ${size} cells`, max: `largest of ${size} × ${size} cells` };
-  view.replaceChildren(...Object.entries(words).map(([value, textContent]) =>
-    make("option", { value, textContent })));
-  view.value = state.plane;
-  element("view-label").hidden = size === 1;
-}
-
-/** The whole head with the view marked on it. @param {Layer} layer */
-function drawMini(layer) {
-  const canvas = /** @type {HTMLCanvasElement} */ (element("mini")), view = state.view;
-  canvas.hidden = !view;
-  if (!view) return;
-  const longest = Math.max(layer.n, layer.m), side = 112 / longest;
-  const width = Math.max(8, layer.m * side), height = Math.max(8, layer.n * side);
-  const context = fit(canvas, width, height);
-  const plane = thumbPlane(state.layer, state.head);
-  context.putImageData(planeImage(context, plane, { width, height }), 0, 0);
-  context.strokeStyle = getComputedStyle(document.body).getPropertyValue("--accent");
-  context.lineWidth = 2;
-  const inside = (length) => Math.max(3, Math.min(length, view.span) * side);
-  context.strokeRect(view.left * side, view.top * side, inside(layer.m), inside(layer.n));
 }
 
 /** @param {CanvasRenderingContext2D} context @param {Plane} plane

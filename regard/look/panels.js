@@ -61,12 +61,12 @@ function workedRows() {
 }
 
 /** @type {Object<string, {words: string, bar: boolean, title: () => string[],
- *   body: () => {nodes: Element[], width: number, height: number}, rows: () => any[][]}>} */
+ *   body: () => {nodes: Element[], width: number, height: number}, rows: () => any[][] | Promise<any[][]>}>} */
 const PANELS = {
   heads: { words: "every head", bar: true, body: () => traced(element("heads")), rows: headRows,
     title: () => [`Every head: ${page.title}`, element("facts").textContent || "",
       "Thumbnails are the mean over blocks of cells."] },
-  map: { words: "the map", bar: true, body: mapFigure, rows: mapRows,
+  map: { words: "the map", bar: true, body: () => mapFigure(), rows: mapRows,
     title: () => [...headOf("Attention"), shown.plane.size === 1
       ? "Rows are queries, columns are keys."
       : `Rows are queries, columns are keys; ${shown.which} of ${shown.plane.size} × `

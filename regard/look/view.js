@@ -16,6 +16,9 @@ function buildView(canvas) {
     const cell = cellAt(event);
     if (cell) zoom(event.deltaY < 0 ? 1 / 1.3 : 1.3, cell);
   }, { passive: false });
+  element("view").addEventListener("change", () => {
+    select({ plane: /** @type {HTMLSelectElement} */ (element("view")).value });
+  });
   const here = () => ({ i: state.i, j: state.j });
   element("zoom-in").addEventListener("click", () => zoom(0.5, here()));
   element("zoom-out").addEventListener("click", () => zoom(2, here()));
@@ -91,4 +94,30 @@ function follow() {
   if (!inside(state.i, top) || !inside(state.j, left)) {
     state.view = centred(layer, state.i, state.j, span);
   }
+}
+
+/** Offer both planes where cells are pooled. @param {number} size */
+function offerPlanes(size) {
+  const view = /** @type {HTMLSelectElement} */ (element("view"));
+  const words = { mean: `mean of ${size} × ${size} cells`, max: `largest of ${size} × ${size} cells` };
+  view.replaceChildren(...Object.entries(words).map(([value, textContent]) =>
+    make("option", { value, textContent })));
+  view.value = state.plane;
+  element("view-label").hidden = size === 1;
+}
+
+/** The whole head with the view marked on it. @param {Layer} layer */
+function drawMini(layer) {
+  const canvas = /** @type {HTMLCanvasElement} */ (element("mini")), view = state.view;
+  canvas.hidden = !view;
+  if (!view) return;
+  const longest = Math.max(layer.n, layer.m), side = 112 / longest;
+  const width = Math.max(8, layer.m * side), height = Math.max(8, layer.n * side);
+  const context = fit(canvas, width, height);
+  const plane = thumbPlane(state.layer, state.head);
+  if (plane) context.putImageData(planeImage(context, plane, { width, height }), 0, 0);
+  context.strokeStyle = getComputedStyle(document.body).getPropertyValue("--accent");
+  context.lineWidth = 2;
+  const inside = (length) => Math.max(3, Math.min(length, view.span) * side);
+  context.strokeRect(view.left * side, view.top * side, inside(layer.m), inside(layer.n));
 }
