@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from regard.commands import bench, explain
@@ -123,10 +124,11 @@ def _look(options: argparse.Namespace) -> int:
     if options.beside is not None or options.beside_model is not None:
         seen = Look(seen.scene.placed_beside(_scene(_other(options))))
     if options.serve is not None:
-        server = seen.serve(options.serve)
-        print("\n".join(_summary(seen)))
-        print(f"serving on this machine alone, until Ctrl+C:\n  {server.url}", flush=True)
-        server.wait()
+        # From the first moment on: the address may be read, and Ctrl+C pressed, before `wait`.
+        with suppress(KeyboardInterrupt), seen.serve(options.serve) as server:
+            print("\n".join(_summary(seen)))
+            print(f"serving on this machine alone, until Ctrl+C:\n  {server.url}", flush=True)
+            server.wait()
         return 0
     if not options.output.parent.is_dir():
         raise SourceError(f"{options.output.parent} is not a directory; --output needs one")
