@@ -95,14 +95,10 @@ def test_the_served_page_in_a_browser(browser):
 
 def test_serving_from_the_command_line_until_interrupted(arrays):
     command = [sys.executable, "-m", "regard", "look", str(arrays), "--serve"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
-        # A shell's background job ignores SIGINT, and its children would, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A background job of a shell ignores SIGINT, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    signal.signal(signal.SIGINT, before)
     try:
         told = ""
         while not (address := re.search(r"http://127\.0\.0\.1:(\d+)(/\S+)\n", told)):
