@@ -25,6 +25,7 @@ SCRIPTS = (
     "keys.js",
     "map.js",
     "tokens.js",
+    "around.js",
     "steps.js",
     "worked.js",
     "figure.js",

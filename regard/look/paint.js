@@ -123,7 +123,7 @@ function strip(numbers, largest, name, most = Infinity) {
   }
   canvas.className = "strip";
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `${name}: ${numbers.length} numbers up to ${number(largest)}`);
+  canvas.setAttribute("aria-label", `${name}: ${numbers.length} numbers up to ${number(largestOf(numbers))}`);
   canvas.addEventListener("mousemove", (event) => {
     const at = place(Math.min(count - 1, Math.max(0, Math.floor(event.offsetX / cell))));
     tip(event, `${name}[${at}] = ${number(numbers[at])}`);
