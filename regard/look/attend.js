@@ -16,7 +16,7 @@
  *   output: Float32Array | null, logsumexp: Float32Array, sinks: Float32Array | null,
  *   spans: Int32Array | null, bits: Uint8Array | null, bias: Float32Array | null,
  *   biasToeplitz: boolean, received: Float32Array | null,
- *   inputs: Float32Array | null, width: number, madeBy: string[], moved: Float32Array | null, gap: Float32Array | null, sums: {received: Float64Array, moved: Float64Array}[],
+ *   inputs: Float32Array | null, width: number, madeBy: string[], steps: number[], moved: Float32Array | null, gap: Float32Array | null, sums: {received: Float64Array, moved: Float64Array}[],
  *   statistics: any, planes: any, counts: Int32Array[], norms: Float64Array[]}} Layer
  * Weights in blocks of size x size cells; NaN where every cell of a block is masked.
  * @typedef {{size: number, rows: number, columns: number, weight: Float32Array,

@@ -92,7 +92,7 @@ function writeHeader() {
     first.d ? `${first.d} numbers per query and key` : "no queries or keys, positions alone"];
   if (pooling) facts.push(`the model’s sentence vector is ${pooling}`);
   element("facts").textContent = facts.join(" · ");
-  element("proof").textContent = change === null ? "No model ran here: these are arrays."
+  element("proof").textContent = change === null ? unproved()
     : change === 0
       ? "The model’s output was bit-identical with and without this capture (both were run)."
       : `The model’s output changed by at most ${number(change)} under this capture `
@@ -112,6 +112,12 @@ function writeHeader() {
   const ran = change === null ? "" : ` The model computed in ${dtype}.`;
   element("made").textContent = `Made by regard look.${ran} This page `
     + `carries ${precision.travels} and computes in double precision.`;
+}
+
+/** Why there is no comparison of outputs. */
+function unproved() {
+  return page.layers.every((layer) => layer.route === "arrays") ? "No model ran here: these are arrays."
+    : "Recorded while the model ran; its output was not compared with a run without the capture.";
 }
 
 function writeHash() {

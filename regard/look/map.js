@@ -145,6 +145,8 @@ function mapHint(layer, plane) {
     + (plane.size > 1 ? `One dot is a block of ${plane.size} × ${plane.size} cells. ` : "")
     + (shared > 1 ? `${shared} query heads share each key head; this one reads key head `
       + `${keyHead(layer, state.head)}. ` : "")
+    + (layer.steps.length ? `Joined from ${layer.steps.length} steps of one generation, of which the first `
+      + `has ${layer.steps[0]} ${layer.steps[0] === 1 ? "row" : "rows"}. ` : "")
     + (layer.spans || layer.bits ? "Hatched cells are masked. " : "")
     + "Hover to look, click to pin, Ctrl and wheel to zoom, drag to move.";
 }

@@ -247,6 +247,7 @@ def _layer(
         "inputs": kept(call.inputs) if single else None,
         "width": 0 if call.inputs is None else call.inputs.shape[-1],
         "madeBy": call.made_by,
+        "steps": call.steps,
         "gap": None if single else store.add(_gap(call)),
         "logsumexp": store.add(logsumexp.float()),
         "sinks": store.add(call.sinks),

@@ -75,6 +75,7 @@ class Captured:
         `inputs`; memory_of: the module whose output they are, "" if unknown
     turned: the angles by which rotary encoding turned query and key, if it did and that was seen
     mixing: the layer that was given the heads' outputs, or None if none was seen
+    steps: of a generation that was joined into one call: how many queries each step had
     given: of a matrix of regard's under another normalizer than softmax: itself
     """
 
@@ -98,6 +99,7 @@ class Captured:
     memory_of: str = ""
     turned: Turned | None = None
     mixing: Mixing | None = None
+    steps: tuple[int, ...] = ()
     given: Attention | None = None
 
     @property

@@ -275,6 +275,10 @@ def _checked(tokens: Tokens | None, calls: Sequence[Captured]) -> Tokens:
         length = calls[0].key.shape[2]
         return Tokens(total=length)
     lengths = sorted({length for call in calls for length in _lengths(call)})
+    if any(call.steps for call in calls) and len(tokens.labels) == lengths[-1] + 1:
+        # The last token of a generation: it was made, and no step has read it.
+        kept = lengths[-1]
+        return Tokens(tokens.labels[:kept], tokens.joined[:kept], tokens.special[:kept], kept)
     if len(tokens.labels) not in lengths:
         raise ShapeError(
             f"{len(tokens.labels)} tokens were given, but the model's attention has lengths "

@@ -250,6 +250,7 @@ def about(scene: Scene) -> dict[str, Any]:
     return {
         "title": scene.title,
         "change": scene.change,
+        "arrays": all(call.route == "arrays" for call in scene.captured),
         "notes": scene.notes,
         "blocks": BLOCKS,
         "labelled": len(scene.tokens.labels),

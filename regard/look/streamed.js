@@ -208,7 +208,8 @@ function start() {
   element("title").textContent = page.title;
   element("facts").textContent = `${page.layers.length} ${page.layers.length === 1 ? "layer" : "layers"} × `
     + `${first.heads} heads · ${size(first.n)} queries × ${size(first.m)} keys · computed where it is looked at`;
-  element("proof").textContent = page.change === null ? "No model ran here: these are arrays."
+  element("proof").textContent = page.change === null
+    ? (page.arrays ? "No model ran here: these are arrays." : "Recorded while the model ran; its output was not compared.")
     : page.change === 0 ? "The model’s output was bit-identical with and without this capture."
     : `The model’s output changed by at most ${number(page.change)} under this capture.`;
   if (page.change !== null) element("proof").dataset.change = String(page.change);
