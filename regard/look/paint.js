@@ -155,7 +155,7 @@ function liftWords(lift) {
   return lift >= 1 ? `${number3(lift)}× uniform` : `1/${number3(1 / lift)} of uniform`;
 }
 /** @param {number} x */
-function number3(x) { return x >= 1e6 ? x.toExponential(0) : String(Number(x.toPrecision(2))); }
+function number3(x) { return x >= 1e6 ? x.toExponential(0).replace("+", "") : String(Number(x.toPrecision(2))); }
 
 /** @param {MouseEvent} event @param {string} text */
 function tip(event, text) {
