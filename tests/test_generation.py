@@ -1,5 +1,7 @@
 """Steps of a generation with a cache, joined: the matrix of the whole sequence, row by row."""
 
+import importlib
+
 import pytest
 import torch
 from reader import Reader
@@ -24,6 +26,7 @@ def causal_model(transformers, kind):
         "gpt2": "GPT2LMHeadModel",
         "llama": "LlamaForCausalLM",
         "t5": "T5ForConditionalGeneration",
+        "mistral-window": "MistralForCausalLM",
     }
     whole = getattr(transformers, kinds[kind])(model.config).eval()
     return whole, inputs["input_ids"]
@@ -56,6 +59,24 @@ def test_the_joined_matrix_is_that_of_one_pass_over_everything(transformers, kin
         torch.testing.assert_close(call.inputs, other.inputs)
         torch.testing.assert_close(record[call.name].dense(), dense)
     assert record.shown().captured[0].query.shape[2] == n
+
+
+@pytest.mark.parametrize("implementation", ["eager", "regard"])
+def test_other_implementations(transformers, implementation):
+    importlib.import_module("regard.hf")  # registers "regard"
+    model, ids = causal_model(transformers, "llama")
+    model.set_attn_implementation(implementation)
+    record, out = generated(model, ids)
+    with torch.no_grad(), capture(model) as whole:
+        model(out[:, :-1], use_cache=False)
+    for call, other in zip(record.joined(), whole, strict=True):
+        torch.testing.assert_close(call.matrix.dense(), other.matrix.dense())
+
+
+def test_a_cache_that_forgets_stays_single_steps(transformers):
+    model, ids = causal_model(transformers, "mistral-window")
+    record, _ = generated(model, ids)  # four keys of a window, then they move
+    assert len(record.joined()) == len(record) == 12
 
 
 def test_a_padded_batch(transformers):

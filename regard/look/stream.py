@@ -141,7 +141,7 @@ class Stream:
             try:
                 if is_thumb:
                     self._add_thumb()
-                elif region is not None:
+                elif region is not None and self._has_work():
                     estimate = self._regions.get(region) or self._opened(region)
                     with torch.inference_mode():
                         estimate.advance(ROWS)

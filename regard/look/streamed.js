@@ -64,6 +64,7 @@ function readHash() {
     state.i = page.layers[state.layer].n - 1;
   }
   readPlace();
+  if (state.scale === "value") state.scale = "lift";  // which this page does not have
   select({ layer: state.layer });
   drawLegend();
 }
