@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from regard.commands import bench, explain
 from regard.errors import RegardError
 from regard.look import Look
-from regard.look.figure import FIGURES, PANELS
+from regard.look.drawing import FIGURES
+from regard.look.figure import PANELS
 from regard.look.scene import Scene
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
 
@@ -22,6 +24,7 @@ _EXAMPLES = """examples:
   regard look arrays.safetensors --causal --output heads.html
   regard look "The cat sat" --output heads.csv
   regard look "The cat sat" --output map.svg --panel map --at 2,0
+  regard look "The cat sat" --beside "The dog sat" --output difference.svg --at 2,0
 """
 
 
@@ -61,6 +64,12 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "--model", type=Path, help="a local Hugging Face model directory (default: MiniLM)"
     )
+    command.add_argument(
+        "--beside", metavar="WHAT", help="another text or file of as many tokens, to compare with"
+    )
+    command.add_argument(
+        "--beside-model", type=Path, metavar="PATH", help="the model of the other run, if another"
+    )
     command.add_argument("--tokens", type=_positive, metavar="N", help="only the first N tokens")
     command.add_argument(
         "--layers", type=_numbers, metavar="0,5", help="only these layers, counted from 0"
@@ -81,7 +90,9 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="serve the page on this machine instead of writing it (any free port by default)",
     )
     command.add_argument(
-        "--panel", choices=PANELS, help="for .svg (default: heads) or .csv: which panel"
+        "--panel",
+        choices=PANELS,
+        help="for .svg (default: heads, or with --beside difference) or .csv: which panel",
     )
     command.add_argument(
         "--at",
@@ -110,11 +121,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _look(options: argparse.Namespace) -> int:
     seen = Look(_scene(options))
+    if options.beside is not None or options.beside_model is not None:
+        seen = Look(seen.scene.placed_beside(_scene(_other(options))))
     if options.serve is not None:
-        server = seen.serve(options.serve)
-        print("\n".join(_summary(seen)))
-        print(f"serving on this machine alone, until Ctrl+C:\n  {server.url}", flush=True)
-        server.wait()
+        # From the first moment on: the address may be read, and Ctrl+C pressed, before `wait`.
+        with suppress(KeyboardInterrupt), seen.serve(options.serve) as server:
+            print("\n".join(_summary(seen)))
+            print(f"serving on this machine alone, until Ctrl+C:\n  {server.url}", flush=True)
+            server.wait()
         return 0
     if not options.output.parent.is_dir():
         raise SourceError(f"{options.output.parent} is not a directory; --output needs one")
@@ -128,6 +142,14 @@ def _look(options: argparse.Namespace) -> int:
     return 0
 
 
+def _other(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of the run that is placed beside: what differs is its text or its model."""
+    changed = {"model": options.beside_model or options.model}
+    if options.beside is not None:
+        changed |= {"what": options.beside, "file": None}
+    return argparse.Namespace(**{**vars(options), **changed})
+
+
 def _write(seen: Look, options: argparse.Namespace) -> Path:
     """The page, a figure or a table, by the output's ending."""
     output: Path = options.output
@@ -135,16 +157,17 @@ def _write(seen: Look, options: argparse.Namespace) -> Path:
         if options.panel is not None:
             raise SourceError(f"--panel is for {' and '.join(FIGURES)}, not for {output.name}")
         return seen.save(output)
-    if output.suffix == ".csv" and options.panel is None:
+    usual = None if seen.scene.beside is None else "difference"
+    panel = options.panel or usual
+    if output.suffix == ".csv" and panel is None:
         seen.table().csv(output)
         return output
     if not 2 <= len(options.at) <= 4:
         raise SourceError("--at takes two to four numbers: layer, head, query, key")
     layer, head, query, key = (*options.at, 0, 0)[:4]
-    panel = options.panel or "heads"
     if options.at == (0, 0):  # the first layer there is, if only some were asked for
         layer = seen.captured[0].number
-    return seen.figure(panel, layer=layer, head=head, query=query, key=key).save(output)
+    return seen.figure(panel or "heads", layer=layer, head=head, query=query, key=key).save(output)
 
 
 def _scene(options: argparse.Namespace) -> Scene:

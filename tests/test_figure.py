@@ -13,7 +13,8 @@ import torch
 from regard.cli import main
 from regard.errors import ShapeError
 from regard.look import FigureError, look
-from regard.look.figure import PANELS, _high
+from regard.look.drawing import highest_lift
+from regard.look.figure import PANELS
 from regard.picture import png
 
 NAME = "{http://www.w3.org/2000/svg}"
@@ -32,7 +33,7 @@ def texts(figure):
     return [node.text for node in ElementTree.fromstring(figure.svg).iter(f"{NAME}text")]
 
 
-@pytest.mark.parametrize("panel", PANELS)
+@pytest.mark.parametrize("panel", [x for x in PANELS if x != "difference"])
 @pytest.mark.parametrize("scale", ["lift", "weight"])
 def test_every_panel_is_valid_and_says_what_it_is(panel, scale):
     seen = look({**arrays(), "tokens": HOSTILE}, causal=True)
@@ -140,7 +141,7 @@ def test_png_of_a_ramp_by_hand():
 
 
 def test_the_range_of_colours_is_that_of_the_page():
-    assert [_high(n) for n in (2, 8, 15, 256, 10**6)] == [3, 3, 4, 8, 8]
+    assert [highest_lift(n) for n in (2, 8, 15, 256, 10**6)] == [3, 3, 4, 8, 8]
 
 
 def test_figures_and_tables_from_the_command_line(tmp_path, capsys):

@@ -32,9 +32,9 @@ def heads_shown(page):
 def test_steps_by_keys_show_one_column_after_another(page):
     whole = heads_shown(page)
     assert whole[:5] == ["key j", "aⱼ", "kⱼ", "αⱼ = q · kⱼ", "× 0.177"]
-    assert whole[-2:] == ["vⱼ", "α′ⱼ vⱼ"]
+    assert whole[-2:] == ["α′ⱼ vⱼ", "W^o α′ⱼ vⱼ"]
     seen = []
-    for step in (1, 2, 3, 4, 7, 8, 9, 10, 11, 12):  # neither position nor mask here
+    for step in (1, 2, 4, 5, 8, 9, 10, 11, 12, 13):  # neither rotary, position nor mask here
         page.press("n")
         page.settles(step=step)
         shown = heads_shown(page)
@@ -42,18 +42,18 @@ def test_steps_by_keys_show_one_column_after_another(page):
         seen = shown
         assert page.text("step-words")
         hidden = page.run("return document.querySelectorAll('#worked .later').length")
-        assert (hidden == 0) == (step == 12)
+        assert (hidden == 0) == (step == 13)
     assert seen == whole
     page.press("n")
     page.settles(step=0)
     page.press("b")
-    page.settles(step=12)
-    page.until(lambda: page.driver.current_url.endswith("&step=12"))
+    page.settles(step=13)
+    page.until(lambda: page.driver.current_url.endswith("&step=13"))
     page.assert_quiet()
 
 
 def test_the_check_is_hidden_until_its_step(page):
-    for step, shown in ((9, "hidden"), (10, "visible")):
+    for step, shown in ((10, "hidden"), (11, "visible")):
         page.go(f"#layer=2&head=0&i=12&j=9&step={step}")
         page.settles(step=step)
         kind = page.run("return getComputedStyle(document.getElementById('check')).visibility")
@@ -61,15 +61,15 @@ def test_the_check_is_hidden_until_its_step(page):
 
 
 def test_the_steps_say_what_is_true_of_the_layer(page):
-    page.go("#layer=2&head=0&i=12&j=9&step=4")
-    page.settles(step=4)
+    page.go("#layer=2&head=0&i=12&j=9&step=5")
+    page.settles(step=5)
     assert "Times 0.177, which is 1/√32" in page.text("step-words")
     page.go("#layer=2&head=0&i=12&j=9&step=2")
     page.settles(step=2)
     made = "found equal: q by “query”, k by “key”, v by “value”."
     assert page.text("step-words").endswith(made)
-    page.go("#layer=2&head=0&i=12&j=9&step=12")
-    page.settles(step=12)
+    page.go("#layer=2&head=0&i=12&j=9&step=13")
+    page.settles(step=13)
     assert "12 × 32 = 384 numbers" in page.text("step-words")
     assert "head 11" in page.text("worked")
     labels = page.run(
@@ -94,12 +94,12 @@ def test_layers_have_the_steps_they_need(browser, tmp_path):
     )
     numbers = [int(label.split()[1].rstrip(":")) for label in labels if label.startswith("Step ")
                and label != "Step back, key b"]  # fmt: skip
-    assert numbers == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]  # one head: none beside it
+    assert numbers == [1, 2, *range(4, 13)]  # one head: none beside it
     layer = SelfAttention(8, 2, score=Additive.of(2, 4))
     seen = look(layer.eval(), torch.randn(1, 5, 8))
     page = Reader(browser, seen.save(tmp_path / "additive.html"))
-    page.go("#step=5&i=1&j=1")
-    page.settles(step=5)
+    page.go("#step=6&i=1&j=1")
+    page.settles(step=6)
     assert "Here the score is Additive" in page.text("step-words")
     page.assert_quiet()
 

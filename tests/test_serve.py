@@ -95,14 +95,32 @@ def test_the_served_page_in_a_browser(browser):
 
 def test_serving_from_the_command_line_until_interrupted(arrays):
     command = [sys.executable, "-m", "regard", "look", str(arrays), "--serve"]
+    # A background job of a shell ignores SIGINT, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    signal.signal(signal.SIGINT, before)
     try:
-        lines = [process.stdout.readline() for _ in range(4)]
-        address = re.search(r"http://127\.0\.0\.1:(\d+)(/\S+)", "".join(lines))
-        connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
+        told = ""
+        while not (address := re.search(r"http://127\.0\.0\.1:(\d+)(/\S+)\n", told)):
+            line = process.stdout.readline()
+            assert line, f"the process ended after {told!r}"
+            told += line
+        connection = http.client.HTTPConnection("127.0.0.1", int(address[1]))
         connection.request("GET", address[2])
         assert "a.safetensors" in connection.getresponse().read().decode()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
+        assert process.wait() == 0
     finally:
         process.kill()
+
+
+def test_an_interrupt_before_it_waits_is_no_error(arrays, monkeypatch, capsys):
+    def interrupted(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "wait", interrupted)
+    assert main(["look", str(arrays), "--serve"]) == 0
+    address = capsys.readouterr().out.split()[-1]
+    port = int(re.search(r":(\d+)/", address)[1])
+    with Server("", port):  # it was freed
+        pass

@@ -20,16 +20,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.errors import DtypeError, ShapeError
-from regard.look.figure import Figure, FigureError, spot_of
+from regard.look.drawing import Figure, FigureError
 from regard.look.page import page_of, streamed_page_of
 from regard.look.payload import is_streamed
 from regard.look.record import Captured, CaptureError
 from regard.look.recording import Record, capture
 from regard.look.rollout import rollout
-from regard.look.scene import Scene, Tokens, of_arrays, of_model
+from regard.look.scene import Scene, Tokens, of_arrays, of_calls, of_model
 from regard.look.serve import ServeError, Server
 from regard.look.shown import Shown
 from regard.look.sources import ARRAY_FILES, SourceError, of_file, of_text
+from regard.look.spot import spot_of
 from regard.look.statistics import HeadRow, Table
 from regard.look.stream import Stream
 from regard.matrix import Attention
@@ -138,7 +139,7 @@ class Look(Shown):
 
 
 def look(
-    what: str | Path | nn.Module | Mapping[str, Any],
+    what: str | Path | nn.Module | Mapping[str, Any] | Record,
     inputs: Any = None,
     *,
     tokens: Sequence[str] | None = None,
@@ -151,9 +152,11 @@ def look(
 
     what: a text, for the MiniLM model of the `look` extra; a `Path` to a .safetensors or .npz
         file; a mapping of arrays (`query`, `key`, optionally `value` and `tokens`; shapes [n, d],
-        [heads, n, d] or [layers, heads, n, d]); or a model, with `inputs`
+        [heads, n, d] or [layers, heads, n, d]); a model, with `inputs`; or a record of `capture`,
+        in which the steps of a generation are one map
     inputs: for a model: a tensor, a tuple of arguments, or a mapping of keyword arguments
-    tokens: for a model: labels for the tokens of its input
+    tokens: for a model or a record: labels for the tokens of its input; of a generation also that
+        of the last token, which was made and never read
     limit: for a text or arrays: only the first tokens
     layers: which attention layers to keep, counted from 0
     causal: for arrays: key j is visible to query i only if j <= i
@@ -175,12 +178,16 @@ def look(
         raise ShapeError(f"limit is {limit}; at least one token must be left to look at")
     is_model = isinstance(what, nn.Module)
     _refuse(is_model, {"limit": limit}, "a model: pass shorter inputs")
-    _refuse(not is_model, {"inputs": inputs, "tokens": tokens}, "anything but a model")
+    _refuse(not is_model, {"inputs": inputs}, "anything but a model")
+    labels = None if tokens is None else Tokens.of_labels(tokens)
+    if isinstance(what, Record):
+        _refuse(True, {"limit": limit, "causal": causal or None}, "a record: it is as it was made")
+        return Look(of_calls(what.name, what.joined(), tokens=labels, layers=layers))
+    _refuse(not is_model, {"tokens": tokens}, "anything but a model or a record")
     if isinstance(what, nn.Module):
         if inputs is None:
             raise DtypeError("a model needs inputs: look(model, inputs)")
         _refuse(True, {"causal": causal or None}, "a model: its own masks are read")
-        labels = None if tokens is None else Tokens.of_labels(tokens)
         return Look(of_model(what, inputs, tokens=labels, layers=layers))
     if isinstance(what, Mapping):
         return Look(of_arrays(what, causal=causal, limit=limit, layers=layers))
@@ -193,7 +200,7 @@ def look(
     if not isinstance(what, str):
         raise DtypeError(
             f"{type(what).__name__} cannot be looked at; what works: a text, a Path, a mapping "
-            "of arrays, or a model with its inputs"
+            "of arrays, a record, or a model with its inputs"
         )
     _refuse(True, {"causal": causal or None}, "a text: the model's own masks are read")
     return Look(of_text(what, limit=limit, layers=layers))

@@ -4,13 +4,19 @@
  * One attention call. Arrays are flat, row-major: query [heads, n, d], key [kvHeads, m, d],
  * value [kvHeads, m, e], output [heads, n, e], logsumexp [heads, n]; received [heads, m] is the sum
  * over the queries, moved [heads, n] is sum_j alpha_ij |v_j|.
- * @typedef {{name: string, number: number, route: string, heads: number, kvHeads: number, n: number, m: number,
+ * memory is the other sequence of cross-attention; turned are the angles of rotary encoding; mixing is W^o
+ * [width, heads * e], if the page carries it.
+ * @typedef {{layout: string, pairs: number, query: Float32Array, key: Float32Array | null}} Turned
+ * @typedef {{name: string, width: number, numbers: number, weight: Float32Array | null,
+ *   bias: Float32Array | null}} Mixing
+ * @typedef {{memory: Float32Array | null, memoryOf: string, memoryWidth: number,
+ *   turned: Turned | null, mixing: Mixing | null, name: string, number: number, route: string, heads: number, kvHeads: number, n: number, m: number,
  *   d: number, e: number, scale: number, softcap: number | null, causal: boolean, formula: string,
  *   query: Float32Array, key: Float32Array, value: Float32Array | null,
  *   output: Float32Array | null, logsumexp: Float32Array, sinks: Float32Array | null,
  *   spans: Int32Array | null, bits: Uint8Array | null, bias: Float32Array | null,
  *   biasToeplitz: boolean, received: Float32Array | null,
- *   inputs: Float32Array | null, width: number, madeBy: string[], moved: Float32Array | null, gap: Float32Array | null, sums: {received: Float64Array, moved: Float64Array}[],
+ *   inputs: Float32Array | null, width: number, madeBy: string[], steps: number[], moved: Float32Array | null, gap: Float32Array | null, sums: {received: Float64Array, moved: Float64Array}[],
  *   statistics: any, planes: any, counts: Int32Array[], norms: Float64Array[]}} Layer
  * Weights in blocks of size x size cells; NaN where every cell of a block is masked.
  * @typedef {{size: number, rows: number, columns: number, weight: Float32Array,
@@ -78,7 +84,9 @@ function openLayer(raw, array) {
   const layer = { ...raw };
   for (const name of ["query", "key", "value", "output", "logsumexp", "sinks", "spans", "bits",
     "bias", "received", "moved", "gap",
-    "inputs"]) layer[name] = array(raw[name]);
+    "inputs", "memory"]) layer[name] = array(raw[name]);
+  if (raw.turned) layer.turned = { ...raw.turned, query: array(raw.turned.query), key: array(raw.turned.key) };
+  if (raw.mixing) layer.mixing = { ...raw.mixing, weight: array(raw.mixing.weight), bias: array(raw.mixing.bias) };
   layer.counts = [];
   layer.norms = [];
   layer.sums = [];

@@ -10,16 +10,17 @@ function buildBeside() {
   for (const at of [0, 1, 2]) {
     const canvas = element(`beside-${at}`);
     canvas.addEventListener("mousemove", (event) => {
-      const cell = besideAt(event);
+      const cell = besideAt(event, at);
       if (cell) tip(event, besideWords(cell));
       else hideTip();
     });
     canvas.addEventListener("mouseleave", hideTip);
     canvas.addEventListener("click", (event) => {
-      const cell = besideAt(event);
+      const cell = besideAt(event, at);
       if (cell) select({ i: cell.i, j: cell.j, pinned: true });
     });
   }
+  addEventListener("resize", soon(drawBeside));
 }
 
 /** The mean blocks of both runs in the view of the map. @param {Layer[]} both */
@@ -35,34 +36,55 @@ function besidePlanes(both) {
   return { planes: found, origin, size };
 }
 
-function drawBeside() {
-  if (!page.beside) return;
-  const both = [page.layers[state.layer], page.beside.layers[state.layer]];
+/** @param {number} at @param {number} length */
+function otherLabel(at, length) {
+  return page.beside && page.beside.labels.length === length ? page.beside.labels[at] : `#${at}`;
+}
+
+/** What the three canvases show, and where: this run, the other, and this minus the other. */
+function besideFrames() {
+  const both = [page.layers[state.layer], page.beside?.layers[state.layer] || page.layers[0]];
   const key = JSON.stringify([state.layer, state.head, state.view]);
   if (!pair || pair.key !== key) pair = { key, ...besidePlanes(both) };
-  const { planes: [here, there], origin, size } = pair, { rows, columns } = here;
-  const room = Math.max(160, Math.min(420, element("beside-part").clientWidth / 3 - 24));
-  const cell = room / Math.max(rows, columns);
-  const box = { width: cell * columns, height: cell * rows };
-  const difference = here.weight.map((weight, at) => weight - there.weight[at]);
-  const largest = largestOf(difference.map((x) => (Number.isNaN(x) ? 0 : x)));
-  Object.assign(pair, { both, cell, difference, largest });
-  [here, there, null].forEach((plane, at) => {
+  const { planes: [here, there], origin, size } = pair, layer = both[0];
+  const side = element("beside-part").clientWidth, columns = side > 800 ? 3 : 1;
+  const room = Math.max(160, Math.min(420, side / columns - 24)), count = Math.max(here.rows, here.columns);
+  const labels = (label) => Array.from({ length: Math.min(layer.n, 48) }, (_, at) => label(at, layer.n));
+  const widest = Math.max(...[...labels(tokenLabel), ...labels(otherLabel)].map(measure));
+  let ruler = Math.min(96, widest) + 8;
+  const words = size === 1 && (room - ruler) / count >= 12;
+  if (!words) ruler = 8 + measure(String(Math.max(layer.n, layer.m)));
+  const cell = (room - ruler - 2) / count;
+  const box = { x: ruler, y: ruler, width: cell * here.columns, height: cell * here.rows };
+  const weight = here.weight.map((x, at) => x - there.weight[at]);
+  const largest = largestOf(weight.map((x) => (Number.isNaN(x) ? 0 : x)));
+  Object.assign(pair, { both, difference: weight, largest });
+  return [here, there, { ...here, weight }].map((plane, at) => ({ layer, plane, origin, box, cell,
+    words, label: at === 1 ? otherLabel : tokenLabel,
+    colour: at === 2 ? (x) => signedColour(x, largest) : undefined,
+    title: [`This run: ${page.title}`, `Beside it: ${page.beside?.title}`,
+      "This run − the one beside it"][at] }));
+}
+
+function drawBeside() {
+  if (!page.beside) return;
+  const frames = besideFrames();
+  pair.frames = frames;
+  const { both, largest, size } = pair;
+  frames.forEach((frame, at) => {
+    const { box, cell, origin, plane, title, colour } = frame;
     const canvas = /** @type {HTMLCanvasElement} */ (element(`beside-${at}`));
-    const context = fit(canvas, box.width, box.height);
-    context.putImageData(plane ? planeImage(context, plane, box)
-      : differenceImage(context, difference, here, box, largest), 0, 0);
-    const row = Math.floor((state.i - origin.top) / size);
-    const column = Math.floor((state.j - origin.left) / size), wide = Math.max(6, cell + 2);
-    context.strokeStyle = getComputedStyle(document.body).getPropertyValue("--accent");
-    context.lineWidth = 2;
-    context.strokeRect((column + 0.5) * cell - wide / 2, (row + 0.5) * cell - wide / 2, wide, wide);
-    const words = [`This run: ${page.title}`, `Beside it: ${page.beside.title}`,
-      "This run − the one beside it"][at];
-    element(`beside-${at}-title`).textContent = words;
+    const context = fit(canvas, box.x + box.width + 2, box.y + box.height + 2);
+    const ratio = window.devicePixelRatio || 1;
+    context.putImageData(planeImage(context, plane, box, colour), Math.round(box.x * ratio),
+      Math.round(box.y * ratio));
+    drawRulers(context, frame);
+    drawSelection(context, frame);
+    element(`beside-${at}-title`).textContent = title;
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `${words}, layer ${both[0].number}, head ${state.head}`);
-    canvas.dataset.shown = JSON.stringify({ rows, columns, size, ...origin, cell, largest });
+    canvas.setAttribute("aria-label", `${title}, layer ${both[0].number}, head ${state.head}`);
+    canvas.dataset.shown = JSON.stringify({ rows: plane.rows, columns: plane.columns, size,
+      ...origin, box, cell, largest });
   });
   element("beside-words").textContent = besideWords({ i: state.i, j: state.j, at: -1 });
   element("beside-legend").replaceChildren(...[["below", "more weight beside it, −"],
@@ -76,36 +98,49 @@ function drawBeside() {
     + "lift, and its colours reach to the largest difference shown. Tokens are compared by position.";
 }
 
-/** Signed colours, 0 in the middle; masked where either run is.
- * @param {CanvasRenderingContext2D} context @param {Float32Array} difference @param {Plane} plane
- * @param {{width: number, height: number}} box @param {number} largest */
-function differenceImage(context, difference, plane, box, largest) {
-  const ratio = window.devicePixelRatio || 1, { below, zero, above } = SIGNED[tone];
-  const width = Math.round(box.width * ratio), height = Math.round(box.height * ratio);
-  const image = context.createImageData(width, height);
-  const pixels = new Uint32Array(image.data.buffer);
-  const colours = Uint32Array.from(difference, (x) => {
-    if (Number.isNaN(x)) return packed(HATCH[tone].ground);
-    const end = x < 0 ? below : above, amount = Math.abs(x) / (largest || 1);
-    return packed(zero.map((c, at) => Math.round(c + amount * (end[at] - c))));
-  });
-  for (let y = 0, at = 0; y < height; y++) {
-    const row = Math.floor(y * plane.rows / height) * plane.columns;
-    for (let x = 0; x < width; x++, at++) {
-      pixels[at] = colours[row + Math.floor(x * plane.columns / width)];
-    }
-  }
-  return image;
+/** @param {number} x @param {number} largest that has the full colour */
+function signedColour(x, largest) {
+  const { below, zero, above } = SIGNED[tone], end = x < 0 ? below : above;
+  const amount = Math.abs(x) / (largest || 1);
+  return zero.map((c, at) => Math.round(c + amount * (end[at] - c)));
 }
 
-/** @param {MouseEvent} event */
-function besideAt(event) {
-  if (!pair) return null;
-  const { planes: [plane], origin, size, cell } = pair;
-  const row = Math.floor(event.offsetY / cell), column = Math.floor(event.offsetX / cell);
-  if (row < 0 || column < 0 || row >= plane.rows || column >= plane.columns) return null;
-  const i = origin.top + row * size, j = origin.left + column * size;
-  return { i, j, at: row * plane.columns + column };
+/** The three maps beside each other, and the colour bar of the last. */
+function besideFigure() {
+  const frames = besideFrames(), { largest } = pair, top = 22;
+  let left = 0, deep = 0;
+  const nodes = frames.map((frame) => {
+    const { colour } = frame;
+    const image = colour ? (plane) => pixels(plane, plane.weight, colour) : pixelImage;
+    const drawn = mapFigure(frame, image), group = svg("g", { transform: `translate(${left} ${top})` },
+      svgText(shorten(frame.title, frame.box.width), frame.box.x, -8,
+        { "font-size": 12, fill: colourOf("--quiet") }), ...drawn.nodes);
+    left += drawn.width + 28;
+    deep = Math.max(deep, drawn.height + top);
+    return /** @type {Element} */ (group);
+  });
+  const { below, zero, above } = SIGNED[tone];
+  nodes.push(...barNodes(left - 28 - 240, deep + MARGIN, { name: "signed", unit: "difference of weights",
+    colours: [below, zero, above].map(css),
+    ticks: [[0, `−${number(largest)}`], [0.5, "0"], [1, number(largest)]] }));
+  return { nodes, width: left - 28, height: deep };
+}
+
+/** Both weights and their difference, a line per pair or block. */
+function besideRows() {
+  const { planes: [here, there], origin, size, difference, both: [layer] } = pair;
+  const name = (at, length) => (size === 1 ? tokenName(at, length)
+    : `${at}-${Math.min(at + size, length) - 1}`);
+  return [["query", "key", "weight", "weight_beside", "difference"],
+    ...Array.from(difference, (x, at) => [
+      name(origin.top + Math.floor(at / here.columns) * size, layer.n),
+      name(origin.left + at % here.columns * size, layer.m), here.weight[at], there.weight[at], x])];
+}
+
+/** @param {MouseEvent} event @param {number} which */
+function besideAt(event, which) {
+  const cell = pair && cellAt(event, pair.frames[which]);
+  return cell && { ...cell, at: cell.row * pair.planes[0].columns + cell.column };
 }
 
 /** Both weights and their difference, of a pair or of a block. @param {any} cell */
@@ -114,9 +149,8 @@ function besideWords({ i, j, at }) {
   const block = at >= 0 && size > 1;
   const [here, there] = block ? planes.map((plane) => plane.weight[at])
     : [weightAt(a, state.head, i, j), weightAt(b, state.head, i, j)];
-  const other = (k, length) => (page.beside.labels.length === length ? page.beside.labels[k] : `#${k}`);
   const where = block ? `block at query ${i}, key ${j}: mean ` : `${tokenName(i, a.n)} → `
-    + `${tokenName(j, a.m)}, beside it ${other(i, b.n)} → ${other(j, b.m)}: `;
+    + `${tokenName(j, a.m)}, beside it ${otherLabel(i, b.n)} → ${otherLabel(j, b.m)}: `;
   const told = (weight) => (Number.isNaN(weight) ? "masked" : number(weight));
   const more = Number.isNaN(here - there) ? "" : `, difference ${number(here - there)}`;
   return `${where}weight ${told(here)} and ${told(there)}${more}`;

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regard.look import own
-from regard.look.inputs import Open
+from regard.look.inputs import Running
 from regard.look.record import (
     HARMLESS,
     READ,
@@ -48,27 +48,28 @@ from regard.sdpa import scaled_dot_product_attention
 @contextmanager
 def taps(model: nn.Module, calls: list[Captured]) -> Iterator[None]:
     """Append every attention call that `model` makes while the block runs; see `capture`."""
-    open_modules: list[Open] = []
-
-    def enter(module: nn.Module, name: str, given: list[Any]) -> None:
-        open_modules.append(Open(name, module, given))
-
+    running = Running(calls)
     hooks = []
     for name, module in model.named_modules():
         hooks.append(
             module.register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: enter(m, name, [*args, *kwargs.values()]),
+                lambda m, args, kwargs, name=name: running.enter(
+                    m, name, [*args, *kwargs.values()]
+                ),
                 with_kwargs=True,
             )
         )
+        # A forward hook must return None, or its result replaces the output.
         hooks.append(
-            module.register_forward_hook(lambda *_: _forget(open_modules), always_call=True)
+            module.register_forward_hook(
+                lambda m, _, output: running.leave(m, output), always_call=True
+            )
         )
-    tap = _SdpaTap(calls, open_modules)
+    tap = _SdpaTap(calls, running)
     try:
         with (
-            _interface_tap(model, calls, open_modules, tap),
-            _product_tap(calls, open_modules, tap),
+            _interface_tap(model, calls, running, tap),
+            _product_tap(calls, running, tap),
             tap,
         ):
             yield
@@ -77,22 +78,17 @@ def taps(model: nn.Module, calls: list[Captured]) -> Iterator[None]:
             hook.remove()
 
 
-def _forget(modules: list[Open]) -> None:
-    """Leave a module. A forward hook must return None, or its result replaces the output."""
-    modules.pop()
-
-
 @contextmanager
-def _product_tap(calls: list[Captured], open_modules: list[Open], sdpa: _SdpaTap) -> Iterator[None]:
+def _product_tap(calls: list[Captured], running: Running, sdpa: _SdpaTap) -> Iterator[None]:
     """The route of regard's own matrices."""
     original = Attention.matmul
 
     def matmul(self: Attention, value: Tensor, *, form: str | None = None) -> Tensor:
-        if not open_modules or sdpa.is_muted:
+        if not running or sdpa.is_muted:
             return original(self, value, form=form)
         with sdpa.muted():
             output = original(self, value, form=form)
-            here = open_modules[-1]
+            here = running[-1]
             calls.append(here.completed(own.of_product(here.name, self, value, output)))
         return output
 
@@ -104,24 +100,24 @@ def _product_tap(calls: list[Captured], open_modules: list[Open], sdpa: _SdpaTap
 
 
 def _interface_tap(
-    model: nn.Module, calls: list[Captured], open_modules: list[Open], sdpa: _SdpaTap
+    model: nn.Module, calls: list[Captured], running: Running, sdpa: _SdpaTap
 ) -> Any:
     """The interface route, or nothing if no Hugging Face model can be in this process."""
     modeling = sys.modules.get("transformers.modeling_utils")
     interface = getattr(modeling, "AttentionInterface", None)
     if interface is None or not hasattr(interface, "get_interface"):
         return nullcontext()
-    return _wrapped_interface(interface, model, (calls, open_modules), sdpa)
+    return _wrapped_interface(interface, model, (calls, running), sdpa)
 
 
 @contextmanager
 def _wrapped_interface(
     interface: Any,
     model: nn.Module,
-    lists: tuple[list[Captured], list[Open]],
+    lists: tuple[list[Captured], Running],
     sdpa: _SdpaTap,
 ) -> Iterator[None]:
-    calls, open_modules = lists
+    calls, running = lists
     names = {module: name for name, module in model.named_modules()}
     original = interface.get_interface
 
@@ -160,8 +156,8 @@ def _wrapped_interface(
             if isinstance(result[1], Attention):  # of regard, which reads words that others ignore
                 call = replace(call, **own.pairs(result[1]))
             call = replace(call, output=kept(result[0].transpose(1, 2)))
-            here = open_modules[-1] if open_modules else Open("", module, [])
-            calls.append(here.completed(call) if here.module is module else call)
+            here = running[-1] if running else None
+            calls.append(here.completed(call) if here and here.module is module else call)
             return result
 
         return attend
@@ -217,10 +213,10 @@ _SDPA = inspect.signature(scaled_dot_product_attention)
 class _SdpaTap(TorchFunctionMode):
     """Records calls of `F.scaled_dot_product_attention` under the innermost open module's name."""
 
-    def __init__(self, calls: list[Captured], open_modules: list[Open]) -> None:
+    def __init__(self, calls: list[Captured], running: Running) -> None:
         super().__init__()
         self._calls = calls
-        self._open_modules = open_modules
+        self._running = running
         self._silent = 0
 
     @property
@@ -245,7 +241,7 @@ class _SdpaTap(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         # No open module: the call is made by somebody else while the tap is open.
-        if self._open_modules and not self._silent:
+        if self._running and not self._silent:
             if func is F.scaled_dot_product_attention:
                 return self._attend(*args, **kwargs)
             if func is F.multi_head_attention_forward:
@@ -260,7 +256,7 @@ class _SdpaTap(TorchFunctionMode):
         given.apply_defaults()
         query, key, value, mask, dropout, causal, scale, _ = given.arguments.values()
         tensors = (four_axes(query), four_axes(key), four_axes(value))
-        here = self._open_modules[-1]
+        here = self._running[-1]
         call = record(here.name, tensors, mask, dropout=dropout)
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         call = replace(call, scale=scale, causal=causal, output=kept(four_axes(output)))

@@ -96,35 +96,6 @@ function lines(node, range) {
   return found;
 }
 
-/** The map: cells as one picture of a pixel per block, labels as text. */
-function mapFigure() {
-  const { plane, box, cell } = shown, ink = colourOf("--ink"), accent = colourOf("--accent");
-  const canvas = document.createElement("canvas");
-  canvas.width = plane.columns;
-  canvas.height = plane.rows;
-  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
-  const image = context.createImageData(plane.columns, plane.rows);
-  new Uint32Array(image.data.buffer).set(Uint32Array.from(plane.weight, (weight, at) =>
-    (Number.isNaN(weight) ? 0 : packed(rampColour(share(weight, plane.lift[at]))))));
-  context.putImageData(image, 0, 0);
-  const place = { x: box.x, y: box.y, width: round(box.width), height: round(box.height) };
-  const nodes = [svg("rect", { ...place, fill: "url(#hatch)" }), svgPicture(canvas, place),
-    svg("rect", { ...place, fill: "none", stroke: colourOf("--line") })];
-  for (const { text, x, y, upright, here } of rulerLabels()) {
-    nodes.push(svgText(shorten(text, box.x - 8), x, y, { "font-size": 12,
-      fill: here ? accent : ink, "dominant-baseline": "central",
-      "text-anchor": upright ? "start" : "end",
-      ...(upright ? { transform: `rotate(-90 ${round(x)} ${round(y)})` } : {}) }));
-  }
-  const row = Math.floor((state.i - shown.origin.top) / plane.size);
-  const column = Math.floor((state.j - shown.origin.left) / plane.size);
-  if (row >= 0 && row < plane.rows && column >= 0 && column < plane.columns) {
-    nodes.push(svg("rect", { x: round(box.x + column * cell), y: round(box.y + row * cell),
-      width: round(cell), height: round(cell), fill: "none", stroke: accent, "stroke-width": 2 }));
-  }
-  return { nodes, width: box.x + box.width, height: box.y + box.height };
-}
-
 /** @param {string} name */
 function colourOf(name) { return getComputedStyle(document.body).getPropertyValue(name).trim(); }
 
@@ -137,16 +108,22 @@ function unitWords() {
 
 /** The colour bar, with its ticks and its unit. @param {number} x @param {number} y */
 function colourBar(x, y) {
-  const { low, high } = liftRange, width = 220, log = state.scale !== "weight";
-  const stops = RAMPS[tone].map((colour, at, all) =>
+  const { low, high } = liftRange, log = state.scale !== "weight";
+  return barNodes(x, y, { name: "ramp", unit: unitWords(), colours: RAMPS[tone],
+    ticks: log ? [[0, "≤ 1/16"], [-low / (high - low), "1"], [1, `≥ ${2 ** high}`]]
+      : [[0, "0"], [0.5, "0.5"], [1, "1"]] });
+}
+
+/** A ramp with ticks and a unit. @param {number} x @param {number} y
+ * @param {{name: string, unit: string, colours: string[], ticks: (string | number)[][]}} bar */
+function barNodes(x, y, { name, unit, colours, ticks }) {
+  const width = 220, stops = colours.map((colour, at, all) =>
     svg("stop", { offset: round(at / (all.length - 1)), "stop-color": colour }));
-  const ticks = log ? [[0, "≤ 1/16"], [-low / (high - low), "1"], [1, `≥ ${2 ** high}`]]
-    : [[0, "0"], [0.5, "0.5"], [1, "1"]];
-  return [svg("linearGradient", { id: "ramp" }, ...stops),
-    svg("rect", { x, y, width, height: 10, fill: "url(#ramp)", stroke: colourOf("--line") }),
+  return [svg("linearGradient", { id: name }, ...stops),
+    svg("rect", { x, y, width, height: 10, fill: `url(#${name})`, stroke: colourOf("--line") }),
     ...ticks.map(([at, text]) => svgText(String(text), x + Number(at) * width, y + 23,
       { "font-size": 11, fill: colourOf("--ink"), "text-anchor": "middle" })),
-    svgText(unitWords(), x, y + 38, { "font-size": 11, fill: colourOf("--quiet") })];
+    svgText(unit, x, y + 38, { "font-size": 11, fill: colourOf("--quiet") })];
 }
 
 /** A panel as one SVG element. @param {string} name of the panel */
@@ -175,7 +152,7 @@ async function savePanel(name, kind) {
   const layer = page.layers[state.layer];
   const whole = name === "heads" ? "" : `-L${layer.number}-H${state.head}`;
   const file = `regard-${name}${whole}.${kind}`;
-  if (kind === "csv") return hand(file, new Blob([csv(PANELS[name].rows())], { type: "text/csv" }));
+  if (kind === "csv") return hand(file, new Blob([csv(await PANELS[name].rows())], { type: "text/csv" }));
   const figure = figureOf(name), text = new XMLSerializer().serializeToString(figure);
   if (kind === "svg") return hand(file, new Blob([text], { type: "image/svg+xml" }));
   const picture = new Image();

@@ -82,29 +82,6 @@ function drawBar() {
   pin.textContent = state.pinned ? "Unpin (Esc)" : "Pin (p)";
 }
 
-function drawLegend() {
-  const { low, high } = liftRange, canvas = document.createElement("canvas"), width = 220;
-  const context = fit(canvas, width, 12);
-  for (let x = 0; x < width; x++) {
-    context.fillStyle = css(rampColour(x / (width - 1)));
-    context.fillRect(x, 0, 1, 12);
-  }
-  const middle = state.scale !== "weight" ? -low / (high - low) : 0.5;
-  const words = state.scale !== "weight" ? ["≤ 1/16", "uniform", `≥ ${2 ** high}× uniform`]
-    : ["weight 0", "0.5", "1"];
-  const labels = words.map((textContent, at) => {
-    const label = make("span", { textContent });
-    label.style.left = `${100 * [0, middle, 1][at]}%`;
-    return label;
-  });
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `Colour scale from ${words[0]} to ${words[2]}`);
-  const masked = page.layers.some((layer) => layer.spans || layer.bits);
-  element("legend").replaceChildren(
-    make("div", { className: "ramp" }, canvas, make("div", { className: "ticks" }, ...labels)),
-    ...(masked ? [make("span", { className: "swatch masked" }), "masked"] : []));
-}
-
 function writeHeader() {
   const { layers, tokens, notes, change, pooling, dtype, precision } = page, first = layers[0];
   element("title").textContent = page.title;
@@ -115,7 +92,7 @@ function writeHeader() {
     first.d ? `${first.d} numbers per query and key` : "no queries or keys, positions alone"];
   if (pooling) facts.push(`the model’s sentence vector is ${pooling}`);
   element("facts").textContent = facts.join(" · ");
-  element("proof").textContent = change === null ? "No model ran here: these are arrays."
+  element("proof").textContent = change === null ? unproved()
     : change === 0
       ? "The model’s output was bit-identical with and without this capture (both were run)."
       : `The model’s output changed by at most ${number(change)} under this capture `
@@ -137,41 +114,26 @@ function writeHeader() {
     + `carries ${precision.travels} and computes in double precision.`;
 }
 
-function writeHash() {
-  clearTimeout(writeHash.timer);
-  // Browsers refuse more than about 200 changes in 30 s, and a page inside a notebook (srcdoc)
-  // has no address of its own.
-  if (location.protocol === "about:") return;
-  writeHash.timer = setTimeout(() => {
-    const { layer, head, i, j, pinned, scale, view, plane, arcs } = state;
-    const edges = `${arcs.share}${arcs.each ? "" : ",all"}${arcs.sinks ? ",nosinks" : ""}`;
-    const zoomed = view ? `&top=${view.top}&left=${view.left}&span=${view.span}` : "";
-    const hash = `#layer=${layer}&head=${head}&i=${i}&j=${j}&pin=${Number(pinned)}&scale=${scale}`
-      + (plane === "max" ? "&plane=max" : "") + zoomed
-      + (state.step ? `&step=${state.step}` : "") + (edges === "50" ? "" : `&arcs=${edges}`);
-    if (location.hash !== hash) history.replaceState(null, "", hash);
-  }, 200);
+/** Why there is no comparison of outputs. */
+function unproved() {
+  return page.layers.every((layer) => layer.route === "arrays") ? "No model ran here: these are arrays."
+    : "Recorded while the model ran; its output was not compared with a run without the capture.";
 }
-/** @type {any} */
-writeHash.timer = 0;
+
+function writeHash() {
+  const { pinned, arcs } = state;
+  const edges = `${arcs.share}${arcs.each ? "" : ",all"}${arcs.sinks ? ",nosinks" : ""}`;
+  putHash(`${hashOf(`&pin=${Number(pinned)}`)}${state.step ? `&step=${state.step}` : ""}`
+    + (edges === "50" ? "" : `&arcs=${edges}`));
+}
 
 function readHash() {
-  const given = new URLSearchParams(location.hash.slice(1));
-  for (const name of ["layer", "head", "i", "j"]) {
-    if (given.has(name)) state[name] = Number(given.get(name));
-  }
+  const given = readPlace();
   state.pinned = given.get("pin") === "1";
-  const scale = given.get("scale") || "";
-  state.scale = ["weight", "value"].includes(scale) ? scale : "lift";
   state.step = Math.max(0, Math.min(TAUGHT.length, Math.trunc(Number(given.get("step"))) || 0));
   const [edges, ...options] = (given.get("arcs") || "50").split(",");
   Object.assign(state.arcs, { share: Math.max(5, Math.min(95, Number(edges) || 50)),
     each: !options.includes("all"), sinks: options.includes("nosinks") });
-  state.plane = given.get("plane") === "max" ? "max" : "mean";
-  const [top, left, span] = ["top", "left", "span"].map((name) => Number(given.get(name)));
-  state.view = span > 0 ? { top: top || 0, left: left || 0, span } : null;
-  const radio = document.querySelector(`input[name="scale"][value="${state.scale}"]`);
-  if (radio instanceof HTMLInputElement) radio.checked = true;
 }
 
 /** Where a first look is best spent: the largest lift between two tokens three or more apart and
@@ -195,47 +157,9 @@ function firstSelection() {
   });
 }
 
-const STEPS = {
-  ArrowUp: () => ({ i: state.i - 1 }), ArrowDown: () => ({ i: state.i + 1 }),
-  ArrowLeft: () => ({ j: state.j - 1 }), ArrowRight: () => ({ j: state.j + 1 }),
-  "[": () => ({ head: state.head - 1 }), "]": () => ({ head: state.head + 1 }),
-  "{": () => ({ layer: state.layer - 1 }), "}": () => ({ layer: state.layer + 1 }),
-  p: () => ({ pinned: !state.pinned }), Enter: () => ({ pinned: true }),
-  Escape: () => ({ pinned: false }),
-};
-/** Keys that act at once instead of changing the selection. */
-const ACTS = {
-  "+": () => element("zoom-in").click(), "=": () => element("zoom-in").click(),
-  "-": () => element("zoom-out").click(), "0": () => element("zoom-whole").click(),
-  "1": () => element("zoom-cells").click(), e: focusSaving,
-  n: () => goStep(1), b: () => goStep(-1), "/": () => element("find").focus(),
-};
-
-/** Put the focus on the buttons that save the panel at hand, the map's if none is. */
-function focusSaving() {
-  const section = document.activeElement?.closest("section, .halves > div");
-  const box = section?.querySelector(".save") || document.querySelector('.save[data-panel="map"]');
-  /** @type {HTMLElement | null} */ (box && box.querySelector("button"))?.focus();
-}
-
-/** @param {KeyboardEvent} event */
-function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (!(event.key in STEPS) && !(event.key in ACTS)) return;
-  const target = /** @type {HTMLElement} */ (event.target);
-  if (event.key !== "Escape" && target.matches("input, select, summary")) return;
-  if (event.key === "Enter" && target.matches("button, a")) return;
-  event.preventDefault();
-  hideTip();
-  if (event.key in ACTS) ACTS[/** @type {keyof typeof ACTS} */ (event.key)]();
-  else select(STEPS[/** @type {keyof typeof STEPS} */ (event.key)]());
-}
-
-/** A handler that runs once things have been quiet for a moment. @param {() => void} action */
-function soon(action) {
-  let timer = 0;
-  return () => { clearTimeout(timer); timer = setTimeout(action, 120); };
-}
+Object.assign(STEPS, { p: () => ({ pinned: !state.pinned }), Enter: () => ({ pinned: true }),
+  Escape: () => ({ pinned: false }) });
+Object.assign(ACTS, { n: () => goStep(1), b: () => goStep(-1) });
 
 /** Whether the words are so few that they may follow every step of the pointer. */
 function isShort() {
@@ -276,12 +200,7 @@ function start() {
     });
   }
   element("pin").addEventListener("click", () => select({ pinned: !state.pinned }));
-  for (const radio of document.querySelectorAll('input[name="scale"]')) {
-    radio.addEventListener("change", () => {
-      state.scale = /** @type {HTMLInputElement} */ (radio).value;
-      repaint();
-    });
-  }
+  buildScale();
   element("scale-value").hidden = !page.layers.some((layer) => layer.value);
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => { readHash(); select({ layer: state.layer }); });

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.look.record import Captured, CaptureError, four_axes, kept
+from regard.look.rotation import turned
 from regard.mask import Causal
 from regard.matrix import Attention
 from regard.normalizer import Softmax
@@ -57,6 +58,7 @@ def _numbers(name: str, matrix: Attention) -> Captured:
     groups = key.shape[-3] if key.dim() > 2 else 1
     key = key.expand(*batch[:-1], groups, *key.shape[-2:])
     score, normalizer = matrix.score, matrix.normalizer
+    before = [four_axes(x) for x in (matrix.query, matrix.key) if matrix.position is not None]
     call = Captured(
         name=name,
         route="regard",
@@ -65,6 +67,7 @@ def _numbers(name: str, matrix: Attention) -> Captured:
         value=None,
         mask=None,
         scale=1.0,
+        turned=turned(before, four_axes(query), four_axes(key)),
     )
     if not isinstance(normalizer, Softmax):
         return replace(call, given=matrix, formula=repr(normalizer))

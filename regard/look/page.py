@@ -18,9 +18,14 @@ SCRIPTS = (
     "numbers.js",
     "paint.js",
     "kinds.js",
+    "thumbs.js",
     "heads.js",
+    "view.js",
+    "axes.js",
+    "keys.js",
     "map.js",
     "tokens.js",
+    "around.js",
     "steps.js",
     "worked.js",
     "figure.js",
@@ -34,7 +39,18 @@ SCRIPTS = (
 )
 
 # Of a page that asks its server for what it shows.
-STREAMED_SCRIPTS = ("attend.js", "paint.js", "streamed.js")
+STREAMED_SCRIPTS = (
+    "attend.js",
+    "paint.js",
+    "thumbs.js",
+    "view.js",
+    "axes.js",
+    "keys.js",
+    "figure.js",
+    "streamed-map.js",
+    "streamed-panels.js",
+    "streamed.js",
+)
 
 # The page cannot reach a network even if it wanted to: everything not named here is refused.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

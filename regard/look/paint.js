@@ -70,15 +70,17 @@ function fit(canvas, width, height) {
 
 /** Cells as device pixels; masked cells are hatched, which no weight is.
  * @param {CanvasRenderingContext2D} context @param {Plane} plane
- * @param {{width: number, height: number}} box in CSS pixels */
-function planeImage(context, plane, box) {
+ * @param {{width: number, height: number}} box in CSS pixels
+ * @param {(weight: number, at: number) => number[]} colour of a cell */
+function planeImage(context, plane, box,
+  colour = (weight, at) => rampColour(share(weight, plane.lift[at]))) {
   const ratio = window.devicePixelRatio || 1, hatch = HATCH[tone];
   const width = Math.round(box.width * ratio), height = Math.round(box.height * ratio);
   const image = context.createImageData(width, height);
   const pixels = new Uint32Array(image.data.buffer);
   const ground = packed(hatch.ground), line = packed(hatch.line);
   const colours = Uint32Array.from(plane.weight, (weight, cell) =>
-    (Number.isNaN(weight) ? 0 : packed(rampColour(share(weight, plane.lift[cell])))));
+    (Number.isNaN(weight) ? 0 : packed(colour(weight, cell))));
   const columns = Uint32Array.from({ length: width },
     (_, x) => Math.floor(x * plane.columns / width));
   const stripe = Math.max(4, Math.round(5 * ratio));
@@ -121,7 +123,7 @@ function strip(numbers, largest, name, most = Infinity) {
   }
   canvas.className = "strip";
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `${name}: ${numbers.length} numbers up to ${number(largest)}`);
+  canvas.setAttribute("aria-label", `${name}: ${numbers.length} numbers up to ${number(largestOf(numbers))}`);
   canvas.addEventListener("mousemove", (event) => {
     const at = place(Math.min(count - 1, Math.max(0, Math.floor(event.offsetX / cell))));
     tip(event, `${name}[${at}] = ${number(numbers[at])}`);
@@ -153,7 +155,7 @@ function liftWords(lift) {
   return lift >= 1 ? `${number3(lift)}× uniform` : `1/${number3(1 / lift)} of uniform`;
 }
 /** @param {number} x */
-function number3(x) { return x >= 1e6 ? x.toExponential(0) : String(Number(x.toPrecision(2))); }
+function number3(x) { return x >= 1e6 ? x.toExponential(0).replace("+", "") : String(Number(x.toPrecision(2))); }
 
 /** @param {MouseEvent} event @param {string} text */
 function tip(event, text) {

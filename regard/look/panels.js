@@ -61,12 +61,12 @@ function workedRows() {
 }
 
 /** @type {Object<string, {words: string, bar: boolean, title: () => string[],
- *   body: () => {nodes: Element[], width: number, height: number}, rows: () => any[][]}>} */
+ *   body: () => {nodes: Element[], width: number, height: number}, rows: () => any[][] | Promise<any[][]>}>} */
 const PANELS = {
   heads: { words: "every head", bar: true, body: () => traced(element("heads")), rows: headRows,
     title: () => [`Every head: ${page.title}`, element("facts").textContent || "",
       "Thumbnails are the mean over blocks of cells."] },
-  map: { words: "the map", bar: true, body: mapFigure, rows: mapRows,
+  map: { words: "the map", bar: true, body: () => mapFigure(), rows: mapRows,
     title: () => [...headOf("Attention"), shown.plane.size === 1
       ? "Rows are queries, columns are keys."
       : `Rows are queries, columns are keys; ${shown.which} of ${shown.plane.size} × `
@@ -106,6 +106,10 @@ const PANELS = {
     title: () => [`Rollout: ${page.title}`, `query ${tokenName(state.i, page.layers[0].n)}, `
       + `${page.layers.length} layers`], rows: () => [["key", "token", "share"],
       ...Array.from(rollout(state.i), (x, j) => [j, tokenLabel(j, page.layers[0].m), x])] },
+  beside: { words: "the two runs", bar: true, body: besideFigure, rows: besideRows,
+    title: () => [`Two runs: layer ${page.layers[state.layer].number}, head ${state.head}`,
+      `${page.title} · ${page.beside?.title} · ${page.layers[state.layer].name}`,
+      element("beside-hint").textContent || ""] },
   worked: { words: "the worked output", bar: false, rows: workedRows,
     body: () => traced(element("worked")),
     title: () => [...headOf("One output, worked"), `query ${tokenName(state.i,

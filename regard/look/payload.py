@@ -31,6 +31,7 @@ STREAMED_ABOVE = 16384  # a server makes no page of all maps of so many tokens: 
 SIGNS_PER_BYTE = 16 / 13  # at most: arrays are also deflated, which no estimate counts on
 _PLANE_CELLS = 160  # a plane has at most this many blocks per side
 ROWS_COMPARED = 2048  # of a long input, for the error that rounding makes
+MIXING_NUMBERS = 2**20  # of all W^o together, which travel in float16: about 2.5 MB
 _ROWS = 256  # rows per tile where weights are compared
 
 
@@ -43,6 +44,11 @@ def payload(scene: Scene) -> dict[str, Any]:
     dtype, size = _precision(scene)
     _check_size(scene, size)
     store, worst = Store(), 0.0
+    mixes = (
+        dtype == torch.float32
+        and sum(call.mixing.weight.numel() for call in _calls(scene) if call.mixing is not None)
+        <= MIXING_NUMBERS
+    )
     runs = []
     for run in _runs(scene):
         layers = []
@@ -50,7 +56,8 @@ def payload(scene: Scene) -> dict[str, Any]:
             rounded = _rounded(call, dtype)
             if dtype == torch.float16:
                 worst = max(worst, _weight_error(call, rounded))
-            layers.append(_layer(call, rounded, dtype, run.tokens, store))
+            told = _layer(call, rounded, dtype, run.tokens, store)
+            layers.append({**told, **_around(call, dtype, mixes, store)})
         runs.append(layers)
     tokens, beside = scene.tokens, scene.beside
     return {
@@ -116,7 +123,7 @@ def _image(scene: Scene) -> dict[str, Any] | None:
 
 def _travelling(call: Captured, outputs: bool) -> list[Tensor]:
     tensors = [call.query, call.key, call.value, _bias(call)[1]]
-    tensors += [call.output, call.inputs] if outputs else []
+    tensors += [call.output, call.inputs, call.memory] if outputs else []
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -240,6 +247,7 @@ def _layer(
         "inputs": kept(call.inputs) if single else None,
         "width": 0 if call.inputs is None else call.inputs.shape[-1],
         "madeBy": call.made_by,
+        "steps": call.steps,
         "gap": None if single else store.add(_gap(call)),
         "logsumexp": store.add(logsumexp.float()),
         "sinks": store.add(call.sinks),
@@ -251,6 +259,31 @@ def _layer(
         "moved": None if size is None else kept(_moved(rounded)),
         "statistics": _statistics(of_call(call, tokens, found)),
         "planes": None if size is None else _planes(call, found.pool, size, store),
+    }
+
+
+def _around(call: Captured, dtype: torch.dtype, mixes: bool, store: Store) -> dict[str, Any]:
+    """What stands before and after the heads: the other sequence, rotary angles, W^o."""
+    memory, turned, mixing = call.memory, call.turned, call.mixing
+    return {
+        "memory": store.add(memory) if dtype == torch.float32 else None,
+        "memoryOf": call.memory_of,
+        "memoryWidth": 0 if memory is None else memory.shape[-1],
+        "turned": turned
+        and {
+            "layout": turned.layout,
+            "pairs": turned.query.shape[-1],
+            "query": store.add(turned.query),
+            "key": store.add(turned.key),
+        },
+        "mixing": mixing
+        and {
+            "name": mixing.name,
+            "width": mixing.weight.shape[0],
+            "numbers": mixing.weight.numel(),
+            "weight": store.add(mixing.weight.half()) if mixes else None,
+            "bias": store.add(mixing.bias.float()) if mixes and mixing.bias is not None else None,
+        },
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import RegardError, ShapeError
+from regard.look.rotation import Turned
 from regard.mask import Causal, Dense, Mask
 from regard.matrix import Attention, attention
 from regard.normalizer import Softmax
@@ -37,6 +38,19 @@ class CaptureError(RegardError):
 
 
 @dataclass(frozen=True, eq=False)
+class Mixing:
+    """The layer that mixes the heads' outputs, o = W^o [b_1, ..., b_heads] + bias.
+
+    name: of the layer;  weight: [width, heads * e];  bias: [width] or None; the model's own
+        parameters, not copies
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Captured:
     """One attention call as the model made it.
 
@@ -57,6 +71,11 @@ class Captured:
     inputs: [batch, n, d_model], the vectors that the module was given, or None if unknown
     made_by: for query, key and value the linear layer of the module that made it of the inputs,
         "" where none did
+    memory: [batch, m, width], the vectors that keys and values were made of, where these are not
+        `inputs`; memory_of: the module whose output they are, "" if unknown
+    turned: the angles by which rotary encoding turned query and key, if it did and that was seen
+    mixing: the layer that was given the heads' outputs, or None if none was seen
+    steps: of a generation that was joined into one call: how many queries each step had
     given: of a matrix of regard's under another normalizer than softmax: itself
     """
 
@@ -76,6 +95,11 @@ class Captured:
     formula: str = ""
     inputs: Tensor | None = None
     made_by: tuple[str, str, str] = ("", "", "")
+    memory: Tensor | None = None
+    memory_of: str = ""
+    turned: Turned | None = None
+    mixing: Mixing | None = None
+    steps: tuple[int, ...] = ()
     given: Attention | None = None
 
     @property
@@ -118,6 +142,8 @@ class Captured:
             sinks=None if self.sinks is None else self.sinks.float().cpu(),
             output=pick(self.output),
             inputs=pick(self.inputs),
+            memory=pick(self.memory),
+            turned=None if self.turned is None else self.turned.item(index),
             given=None,  # what a page shows needs none
         )
 

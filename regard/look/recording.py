@@ -10,6 +10,7 @@ from typing import SupportsIndex, overload
 from torch import nn
 
 from regard.look.capture import taps
+from regard.look.joined import Beginnings, joined
 from regard.look.named import call_named
 from regard.look.record import Captured
 from regard.look.scene import Scene, of_calls
@@ -37,6 +38,11 @@ class Record(list[Captured], Shown):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self._beginnings = Beginnings()
+
+    def append(self, call: Captured) -> None:
+        """Add a call; the keys of a cache that it shares with earlier ones are kept once."""
+        super().append(self._beginnings.shared(call))
 
     @overload
     def __getitem__(self, at: str) -> Attention: ...
@@ -49,20 +55,35 @@ class Record(list[Captured], Shown):
         """A layer's lazy matrix by its name, a call by its place, or several calls.
 
         A name may be any part of one between dots, "layer.3", that no other layer has. Of a module
-        that was called several times, as in generation, it is the last call.
+        that was called several times it is the last call; the steps of a generation with a cache
+        count as one call, whose row t is from the step that made token t (see `joined`).
         Raises ShapeError naming the layers there are, or those that a part leaves open.
         """
         if isinstance(at, str):
-            numbered = [replace(call, number=number) for number, call in enumerate(self)]
-            return call_named(numbered, at).matrix
+            return call_named(self.joined(), at).matrix
         return super().__getitem__(at)
 
-    def shown(self) -> Scene:
-        """The first sequence of every call that softmax normalizes, for `table` and `figure`.
+    def joined(self) -> list[Captured]:
+        """The calls, numbered, with the steps of one generation as one call of each layer.
 
-        Raises CaptureError if there is none.
+        >>> import torch
+        >>> from regard.nn import SelfAttention
+        >>> layer, x = SelfAttention(8, 2).eval(), torch.randn(1, 6, 8)
+        >>> state = layer.state()
+        >>> with torch.no_grad(), capture(torch.nn.ModuleDict({"own": layer})) as record:
+        ...     _ = layer(x[:, :4], state=state)
+        ...     _ = [layer.step(x[:, at], state) for at in (4, 5)]
+        >>> len(record), len(record.joined()), record["own"].shape, record.joined()[0].steps
+        (3, 1, torch.Size([1, 2, 6, 6]), (4, 1, 1))
         """
-        return of_calls(self.name, self)
+        return [replace(call, number=number) for number, call in enumerate(joined(self))]
+
+    def shown(self) -> Scene:
+        """The first sequence of every call that softmax normalizes, for pages and figures.
+
+        The steps of a generation are one call. Raises CaptureError if there is none.
+        """
+        return of_calls(self.name, self.joined())
 
 
 @contextmanager

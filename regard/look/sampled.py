@@ -62,7 +62,7 @@ class Estimate:
         self._order = _order(region, down, seed)
         self._drawn = torch.zeros(down, 1, dtype=torch.float64)
         self._sum = torch.zeros(down, across, dtype=torch.float64)
-        self._squares = torch.zeros_like(self._sum)
+        self._squares, self._largest = torch.zeros_like(self._sum), torch.zeros_like(self._sum)
         self._there = torch.full_like(self._drawn, region.size)
         self._there[-1] = region.rows - region.size * (down - 1)
         self._cells, self.keys = self._visible(down, across)
@@ -84,16 +84,24 @@ class Estimate:
         stop = region.left + region.columns
         weights = self._matrix[region.top + rows, region.left : stop]
         assert isinstance(weights, Tensor)
-        sums = self._blocked(weights)
+        padded = self._padded(weights)
+        # Widened after the sum, which adds in pairs: before it, it takes as long as the product.
+        sums = padded.sum(-1).double()
         block = rows // region.size
         self._sum.index_add_(0, block, sums)
         self._squares.index_add_(0, block, sums.square())
+        place = block[:, None].expand_as(sums)
+        self._largest.scatter_reduce_(0, place, padded.amax(-1).double(), "amax")
         self._drawn.index_add_(0, block, torch.ones(len(rows), 1, dtype=torch.float64))
         self.taken += len(rows)
 
     def mean(self) -> Tensor:
         """Mean weight over the visible cells of each block, float64; NaN where all are masked."""
         return self._there / self._cells * self._sum / self._drawn
+
+    def largest(self) -> Tensor:
+        """The largest weight of the drawn queries in each block, at most that of all."""
+        return torch.where(self._cells.isnan(), torch.nan, self._largest)
 
     def error(self) -> Tensor:
         """The standard error of `mean`, 0 once a block's queries are all there."""
@@ -102,12 +110,10 @@ class Estimate:
         found = whole / self._cells * (variance / s * (1 - s / whole)).sqrt()
         return torch.where((s < 2) & (s < whole), torch.inf, found)
 
-    def _blocked(self, numbers: Tensor) -> Tensor:
-        """[rows, columns] -> sums over each block's columns, float64 [rows, blocks]."""
+    def _padded(self, numbers: Tensor) -> Tensor:
+        """[rows, columns] -> [rows, blocks, columns of a block], with zeros at the end."""
         size = self.region.size
-        padded = pad(numbers, (0, -numbers.shape[-1] % size))
-        # Widened after the sum, which adds in pairs: before it, it takes as long as the product.
-        return padded.reshape(len(numbers), -1, size).sum(-1).double()
+        return pad(numbers, (0, -numbers.shape[-1] % size)).reshape(len(numbers), -1, size)
 
     def _visible(self, down: int, across: int) -> tuple[Tensor, Tensor]:
         """Visible cells of each block, and the mean number of keys that its queries may see."""
@@ -129,7 +135,8 @@ class Estimate:
                 keep = mask[region.head % mask.shape[0]][i[:, 0]]
                 if call.causal:
                     keep = keep & (torch.arange(m) <= i)
-                seen = self._blocked(keep[:, region.left : region.left + region.columns])
+                inside = keep[:, region.left : region.left + region.columns]
+                seen = self._padded(inside).sum(-1).double()
                 count = keep.sum(-1).double()
             cells.index_add_(0, rows // region.size, seen)
             keys.index_add_(0, rows // region.size, count)

@@ -76,8 +76,8 @@ class Scene:
             mine, theirs = (f"{len(s)} layers of {sorted(set(s))}" for s in shapes)
             raise ShapeError(
                 f"two runs are compared cell by cell, so their (heads, queries, keys) must agree; "
-                f"this one has {mine}, the one beside it {theirs}. limit= or layers= make them "
-                "agree, or a text of as many tokens"
+                f"this one has {mine}, the one beside it {theirs}. limit= (--tokens) or layers= "
+                "(--layers) make them agree, or a text of as many tokens"
             )
         return replace(self, beside=replace(other, beside=None))
 
@@ -275,6 +275,10 @@ def _checked(tokens: Tokens | None, calls: Sequence[Captured]) -> Tokens:
         length = calls[0].key.shape[2]
         return Tokens(total=length)
     lengths = sorted({length for call in calls for length in _lengths(call)})
+    if any(call.steps for call in calls) and len(tokens.labels) == lengths[-1] + 1:
+        # The last token of a generation: it was made, and no step has read it.
+        kept = lengths[-1]
+        return Tokens(tokens.labels[:kept], tokens.joined[:kept], tokens.special[:kept], kept)
     if len(tokens.labels) not in lengths:
         raise ShapeError(
             f"{len(tokens.labels)} tokens were given, but the model's attention has lengths "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from regard.look.figure import Figure, figure_of, spot_of
+from regard.look.drawing import Figure
+from regard.look.figure import figure_of
 from regard.look.scene import Scene
+from regard.look.spot import spot_of
 from regard.look.statistics import Table, table_of
 
 
@@ -32,13 +34,17 @@ class Shown(ABC):
         query: int = 0,
         key: int = 0,
         scale: str = "lift",
+        beside: Shown | None = None,
     ) -> Figure:
         """One panel of the page, drawn without a browser: an SVG with a colour bar, and a CSV.
 
-        panel: "heads", every head; "map", one head; "sent", one row; "received", one column
+        panel: "heads", every head; "map", one head; "sent", one row; "received", one column;
+            "difference", one head of two runs, and the difference of their weights
         layer: its number or its module's name
         scale: "lift", weight times the number of visible keys, in logs; or "weight"
-        Raises FigureError for another panel or scale, ShapeError for what is out of range.
+        beside: for "difference": the other run, if this one was not made with one
+        Raises FigureError for another panel or scale, or for a difference of one run; ShapeError
+        for what is out of range, or for runs of other shapes.
 
         >>> import torch
         >>> from regard import look
@@ -47,4 +53,6 @@ class Shown(ABC):
         ['key,token,weight,lift', '0,#0,0.20000000298023224,1.0']
         """
         scene = self.shown()
+        if beside is not None:
+            scene = scene.placed_beside(beside.shown())
         return figure_of(scene, panel, spot_of(scene, layer, head, query, key), scale)

@@ -7,11 +7,15 @@ const SIDE_BY_SIDE = 32; // heads whose outputs are shown beside each other
  * @type {[string, (layer: Layer) => string | null][]} */
 const TAUGHT = [
   ["inputs", (layer) => `A sequence goes in: one vector a for each of the ${layer.n} tokens`
-    + `${layer.inputs ? "" : " (not in this page)"}. Token ${tokenName(state.i, layer.n)} is the `
+    + `${layer.inputs ? "" : " (not in this page)"}. ${memoryWords(layer)}Token ${tokenName(state.i, layer.n)} is the `
     + `query: what will its output see?`],
   ["q, k, v", (layer) => (layer.d ? "Every input is multiplied by three learned matrices: "
     + `qᵢ = W^q aᵢ asks, kⱼ = W^k aⱼ answers, vⱼ = W^v aⱼ is what is handed on. ${makers(layer)}`
     : null)],
+  ["rotary", (layer) => (layer.turned ? "Position: each pair of numbers of q and k is turned by an angle that "
+    + "grows with the token’s position, so that q · k depends on how far apart the two tokens are. The angles "
+    + "were found by comparing what the layer made with what it multiplied; q and k before are turned back by "
+    + `them.${layer.turned.key ? "" : " (Keys of a cache were turned in earlier steps.)"}` : null)],
   ["α = q · k", (layer) => (layer.scale ? "Relevance is a dot product: multiply qᵢ and kⱼ number by "
     + "number and add up. Open a number to see its products." : null)],
   ["scale", (layer) => (layer.scale ? `Times ${number(layer.scale)}`
@@ -34,17 +38,27 @@ const TAUGHT = [
     + "A = softmax(scale · Q Kᵀ) and B = A V." : null)],
   ["heads", (layer) => (layer.value && layer.heads > 1 ? `${layer.heads} heads do this side by side, `
     + `each with matrices of its own. Their outputs stand one after the other, ${layer.heads} × `
-    + `${layer.e} = ${layer.heads * layer.e} numbers, which a last matrix W^o (not in this page) mixes.`
-    : null)],
+    + `${layer.e} = ${layer.heads * layer.e} numbers, ${mixingWords(layer)}` : null)],
 ];
+
+/** Where keys and values come from, if not from the queries' own sequence. @param {Layer} layer */
+function memoryWords(layer) {
+  const named = layer.memoryOf ? `the output of “${layer.memoryOf}”` : "another sequence that the layer was given";
+  if (layer.memoryWidth) {
+    return `Keys and values come from ${named}: ${layer.m} vectors of ${layer.memoryWidth} numbers`
+      + `${layer.memory ? "" : " (not in this page)"}. `;
+  }
+  return layer.n !== layer.m && layer.route !== "arrays"
+    ? `The ${layer.m} keys come from elsewhere (another sequence, or a cache), which this record does not hold. ` : "";
+}
 
 /** Which linear layers made q, k and v of the inputs, as far as that was found. @param {Layer} layer */
 function makers(layer) {
   const made = ["q", "k", "v"].flatMap((name, at) =>
     (layer.madeBy[at] ? [`${name} by “${layer.madeBy[at]}”`] : []));
   return made.length ? `Recomputed from a and found equal: ${made.join(", ")}.`
-    : layer.inputs ? "(Here q and k are no plain product: they are rotated, or normalized, or "
-      + "made by one matrix together.)" : "";
+    : layer.inputs ? "(Here q, k and v are no plain product of one matrix and a: they are rotated, or "
+      + "normalized, or their heads lie mixed in it.)" : "";
 }
 
 /** The numbers of the steps that a layer has. @param {Layer} layer */
@@ -106,7 +120,7 @@ function wholeLines(layer, head, i) {
       className: `vector${rows[at] === i ? " chosen" : ""}` },
     make("span", { className: "what", textContent: tokenName(rows[at], layer.n) }),
     strip(numbers, most, "b"))));
-  if (layer.heads === 1) return [atStep(11, all)];
+  if (layer.heads === 1) return [atStep(12, all)];
   const heads = Array.from({ length: Math.min(layer.heads, SIDE_BY_SIDE) }, (_, h) =>
     outputOf(layer, h, i));
   const largest = Math.max(...heads.map(largestOf));
@@ -118,7 +132,8 @@ function wholeLines(layer, head, i) {
     beside.append(make("p", { className: "hint",
       textContent: `and ${layer.heads - SIDE_BY_SIDE} more heads` }));
   }
-  return [make("div", { className: "halves" }, atStep(11, all), atStep(12, beside))];
+  beside.append(...mixedLines(layer, heads));
+  return [make("div", { className: "halves" }, atStep(12, all), atStep(13, beside))];
 }
 
 /** b of one query. @param {Layer} layer @param {number} head @param {number} i */

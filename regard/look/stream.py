@@ -14,15 +14,16 @@ from torch import Tensor
 
 from regard.errors import ShapeError
 from regard.look import visible
-from regard.look.figure import spot_of
 from regard.look.sampled import Estimate, Region, typical_error
 from regard.look.scene import Scene
+from regard.look.spot import spot_of
 
 BLOCKS = 128  # per side of the map, at most
 ROWS = 64  # computed before anybody may ask for something else: 32 MiB at 131,072 keys
 KEPT = 24  # regions, of which the one looked at longest ago goes first
 PATIENCE = 20.0  # seconds for which a region is refined after anybody asked for it
 WAIT = 8.0  # seconds for which an answer waits for news
+THUMB = 32  # blocks per side of the small picture of a head
 TOP = 12  # keys in the table of one query
 
 
@@ -38,6 +39,10 @@ class Stream:
         self._regions: OrderedDict[Region, Estimate] = OrderedDict()
         self._current: Region | None = None
         self._asked = 0.0
+        self._heads = [(c.number, head) for c in scene.captured for head in range(c.query.shape[1])]
+        self._thumbs: list[dict[str, Any]] = []
+        self._thumbs_asked = -math.inf
+        self._is_thumbs_turn = True
         self._news = threading.Condition()
         self._closed = False
         self._failed: Exception | None = None
@@ -56,7 +61,13 @@ class Stream:
 
         Raises ShapeError for numbers that are missing or out of range.
         """
-        ask = {"map": self._map, "cell": self._cell}.get(what)
+        ask = {
+            "map": self._map,
+            "cell": self._cell,
+            "row": self._row,
+            "heads": self._small,
+            "find": self._find,
+        }.get(what)
         return None if ask is None else ask(given)
 
     def _map(self, given: Mapping[str, str]) -> dict[str, Any]:
@@ -83,7 +94,31 @@ class Stream:
             if self._failed is not None:
                 raise ShapeError(f"the map could not be computed: {self._failed}")
             estimate = self._regions.get(region)
-            return _told(region, estimate)
+        return {**_told(region, estimate), "labels": self._labels_of(region, (n, m))}
+
+    def _labels_of(self, region: Region, lengths: tuple[int, int]) -> list[list[str] | None]:
+        """The words of rows and columns, where each cell stands alone and tokens are known."""
+        labels = self._scene.tokens.labels
+        ranges = (region.top, region.rows), (region.left, region.columns)
+        return [
+            list(labels[start : start + count])
+            if region.size == 1 and len(labels) == length
+            else None
+            for length, (start, count) in zip(lengths, ranges, strict=True)
+        ]
+
+    def _small(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """The small pictures of heads that are there, once there are more than `seen`."""
+        (seen,) = _numbers(given, "seen")
+        end = time.monotonic() + WAIT
+        with self._news:
+            self._thumbs_asked = time.monotonic()
+            self._news.notify_all()
+            while time.monotonic() < end and len(self._thumbs) <= seen < len(self._heads):
+                if self._closed or self._failed:
+                    break
+                self._news.wait(end - time.monotonic())
+            return {"of": len(self._heads), "thumbs": self._thumbs[max(0, seen) :]}
 
     def _has_news(self, region: Region, seen: int) -> bool:
         estimate = self._regions.get(region)
@@ -98,20 +133,49 @@ class Stream:
         """The thread: rows of the region that is looked at, until it is exact."""
         while True:
             with self._news:
-                while not (self._closed or self._has_work()):
+                while not (self._closed or self._has_work() or self._lacks_thumbs()):
                     self._news.wait(1.0)
                 if self._closed:
                     return
-                region = self._current
-            assert region is not None
+                region, is_thumb = self._next()
             try:
-                estimate = self._regions.get(region) or self._opened(region)
-                with torch.inference_mode():
-                    estimate.advance(ROWS)
+                if is_thumb:
+                    self._add_thumb()
+                elif region is not None and self._has_work():
+                    estimate = self._regions.get(region) or self._opened(region)
+                    with torch.inference_mode():
+                        estimate.advance(ROWS)
             except (RuntimeError, MemoryError, ValueError) as error:
                 self._failed = error  # told to the page, which is where somebody waits for it
             with self._news:
                 self._news.notify_all()
+
+    def _next(self) -> tuple[Region | None, bool]:
+        """The region at hand, and whether a small picture comes before more of it.
+
+        What is looked at has its first queries before any small picture is made; from then on
+        they take turns.
+        """
+        region, estimate = self._current, None
+        if region is not None and self._has_work():
+            estimate = self._regions.get(region)
+            if estimate is None or estimate.taken < estimate.first:
+                return region, False
+        self._is_thumbs_turn = not self._is_thumbs_turn
+        return region, self._lacks_thumbs() and (estimate is None or self._is_thumbs_turn)
+
+    def _lacks_thumbs(self) -> bool:
+        wanted = time.monotonic() < self._thumbs_asked + PATIENCE
+        return wanted and not self._failed and len(self._thumbs) < len(self._heads)
+
+    def _add_thumb(self) -> None:
+        number, head = self._heads[len(self._thumbs)]
+        call = spot_of(self._scene, number, head, 0, 0).call
+        n, m = call.query.shape[2], call.key.shape[2]
+        estimate = Estimate(call, Region(number, head, 0, 0, n, m, -(-max(n, m) // THUMB)))
+        with torch.inference_mode():
+            estimate.advance(estimate.first)
+        self._thumbs.append({"layer": number, "head": head, **_told(estimate.region, estimate)})
 
     def _has_work(self) -> bool:
         if self._current is None or self._failed or time.monotonic() > self._asked + PATIENCE:
@@ -154,6 +218,28 @@ class Stream:
             ],
         }
 
+    def _row(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """All weights of one query, exactly."""
+        layer, head, i = _numbers(given, "layer", "head", "i")
+        call = spot_of(self._scene, layer, head, i, 0).call
+        with torch.inference_mode():
+            row = call.matrix[0, head, i]
+        assert isinstance(row, Tensor)
+        keys = torch.arange(len(row))
+        seen = visible.at(call, torch.full_like(keys, i), keys)
+        found = torch.where(seen[head % len(seen)], row, torch.nan)
+        labels = self._scene.tokens.labels
+        known = list(labels) if len(labels) == len(row) else None
+        return {"weights": _listed(found), "labels": known}
+
+    def _find(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """The next token after `start` that holds the words, and how many do."""
+        (start,) = _numbers(given, "start")
+        labels, words = self._scene.tokens.labels, given.get("words", "").lower()
+        found = [at for at, label in enumerate(labels) if words and words in label.lower()]
+        later = [at for at in found if at > start] or found
+        return {"at": later[0] if later else None, "count": len(found)}
+
     def _label(self, at: int, length: int) -> str:
         labels = self._scene.tokens.labels
         return labels[at] if len(labels) == length else f"#{at}"
@@ -164,8 +250,10 @@ def about(scene: Scene) -> dict[str, Any]:
     return {
         "title": scene.title,
         "change": scene.change,
+        "arrays": all(call.route == "arrays" for call in scene.captured),
         "notes": scene.notes,
         "blocks": BLOCKS,
+        "labelled": len(scene.tokens.labels),
         "layers": [
             {
                 "number": call.number,
@@ -199,6 +287,7 @@ def _told(region: Region, estimate: Estimate | None) -> dict[str, Any]:
         "rows": mean.shape[0],
         "columns": mean.shape[1],
         "mean": _listed(mean),
+        "largest": _listed(estimate.largest()),
         "error": None if estimate.is_exact else _listed(error),
         "keys": estimate.keys.tolist(),
         "typicalError": typical_error(estimate),

@@ -25,7 +25,7 @@ function drawWorked() {
   element("worked").replaceChildren(
     make("p", { className: "formula" }, formula(layer)),
     ...(layer.inputs ? [atStep(1, inputLine(layer, i))] : []),
-    ...(layer.d ? [atStep(2, queryLine(layer, head, i))] : []),
+    ...(layer.d ? [atStep(2, queryLine(layer, head, i))] : []), ...rotaryLines(layer, head, i, state.j),
     make("div", { className: "scroll" }, workedTable(layer, head, i, result, keys)),
     ...outputLines(layer, head, i, result), ...wholeLines(layer, head, i));
   drawSteps(layer);
@@ -56,7 +56,7 @@ function listedKeys(layer, result) {
 
 /** @param {Layer} layer @param {number} head @param {number} i */
 function queryLine(layer, head, i) {
-  const query = vector(layer.query, head, layer.n, layer.d, i);
+  const query = beforeTurn(layer, "query", head, i);
   return make("p", { className: "vector" },
     make("span", { className: "what", textContent: `q of ${tokenLabel(i, layer.n)}` }),
     strip(query, largestOf(query), "q"),
@@ -93,38 +93,50 @@ function columns(layer, head, i, result, keys) {
   const step = (number_, title, words, cell, more = {}) =>
     list.push({ step: number_, title, words, cell, ...more });
   step(1, "key j", "token", (j) => tokenName(j, layer.m), { className: "name" });
-  const inputs = layer.inputs;
-  if (inputs && layer.n === layer.m) {
-    const each = (j) => inputs.subarray(j * layer.width, (j + 1) * layer.width);
+  const [source, sourceWidth] = layer.memory ? [layer.memory, layer.memoryWidth]
+    : [layer.n === layer.m ? layer.inputs : null, layer.width];
+  if (source) {
+    const each = (j) => source.subarray(j * sourceWidth, (j + 1) * sourceWidth);
     const most = keys.reduce((largest, j) => Math.max(largest, largestOf(each(j))), 0);
-    step(1, "aⱼ", `${layer.width} numbers, ±${number(most)}`, (j) => strip(each(j), most, "a", 96));
+    const of = layer.memory ? (layer.memoryOf ? ` of “${layer.memoryOf}”` : " of the other sequence") : "";
+    step(1, "aⱼ", `${sourceWidth} numbers${of}, ±${number(most)}`, (j) => strip(each(j), most, "a", 96));
   }
-  if (layer.d) step(2, "kⱼ", `${layer.d} numbers, ±${number(scale)}`, (j) => strip(key(j), scale, "k"));
+  if (layer.d) {
+    const words = `${layer.d} numbers, ±${number(scale)}`;
+    step(2, "kⱼ", words, (j) => strip(beforeTurn(layer, "key", head, j), scale, "k"));
+    if (layer.turned?.key) step(3, "R kⱼ", "turned by its position", (j) => strip(key(j), scale, "R k"));
+  }
   if (layer.scale) {
-    step(3, "αⱼ = q · kⱼ", `open for the ${layer.d} products`, (j) => dotButton(j, result.dots[j]));
-    step(4, `× ${number(layer.scale)}`,
+    step(4, "αⱼ = q · kⱼ", `open for the ${layer.d} products`, (j) => dotButton(j, result.dots[j]));
+    step(5, `× ${number(layer.scale)}`,
       layer.softcap ? `scale, then cap at ${layer.softcap}` : "scale",
       (j) => number(result.scores[j]));
   }
   if (layer.bias) {
-    step(5, layer.formula ? "score" : "+ bias", layer.formula.split("(")[0] || "of this pair",
+    step(6, layer.formula ? "score" : "+ bias", layer.formula.split("(")[0] || "of this pair",
       (j) => number(biasAt(layer, head, i, j)));
   }
   if (layer.spans || layer.bits) {
-    step(6, "mask", "may q see k?",
+    step(7, "mask", "may q see k?",
       (j) => (seen(j) ? "visible" : maskWords(layer, i, j).split(" ").pop()));
   }
-  step(7, `exp(lⱼ − ${number(result.peak)})`, "the largest l taken off",
+  step(8, `exp(lⱼ − ${number(result.peak)})`, "the largest l taken off",
     (j) => number(result.exponentials[j]), { isExp: true });
-  step(7, `÷ ${number(result.sum)} = α′ⱼ`, "softmax: sums to 1", (j) => weightCell(result.weights[j]));
+  step(8, `÷ ${number(result.sum)} = α′ⱼ`, "softmax: sums to 1", (j) => weightCell(result.weights[j]));
   if (layer.value && result.output) {
     const values = layer.value, width = layer.e;
     const own = (j) => vector(values, keyHead(layer, head), layer.m, width, j);
     const tallest = keys.reduce((m, j) => Math.max(m, largestOf(own(j))), 0);
-    step(8, "vⱼ", `${width} numbers, ±${number(tallest)}`, (j) => strip(own(j), tallest, "v"));
+    step(9, "vⱼ", `${width} numbers, ±${number(tallest)}`, (j) => strip(own(j), tallest, "v"));
     const mixed = (j) => Array.from(own(j), (x) => x * result.weights[j]);
     const most = keys.reduce((m, j) => Math.max(m, largestOf(mixed(j))), largestOf(result.output));
-    step(8, "α′ⱼ vⱼ", `weighted value, ±${number(most)}`, (j) => strip(mixed(j), most, "α′v"));
+    step(9, "α′ⱼ vⱼ", `weighted value, ±${number(most)}`, (j) => strip(mixed(j), most, "α′v"));
+    if (layer.mixing?.weight) {
+      const through = new Map(keys.map((j) => [j, mixedBy(layer, head, mixed(j))]));
+      const far = keys.reduce((m, j) => Math.max(m, largestOf(through.get(j) || [])), 0);
+      step(9, "W^o α′ⱼ vⱼ", `${layer.mixing.width} numbers, ±${number(far)}`,
+        (j) => strip(through.get(j) || [], far, "W^o α′v", 96));
+    }
   }
   return list;
 }
@@ -170,11 +182,12 @@ function workedTable(layer, head, i, result, keys) {
     }
   }
   const before = steps.findIndex(({ isExp }) => isExp);
-  const note = (name, exponential, weight, last) => body.append(make("tr", { className: "total" },
-    atStep(7, make("td", { colSpan: before, textContent: name })),
-    atStep(7, make("td", { textContent: number(exponential) })),
-    atStep(7, make("td", {}, weightCell(weight))),
-    ...(layer.value ? [make("td"), atStep(9, make("td", {}, last))] : [])));
+  const note = (name, exponential, weight, last, /** @type {string | Node} */ whole = "") => body.append(make("tr", { className: "total" },
+    atStep(8, make("td", { colSpan: before, textContent: name })),
+    atStep(8, make("td", { textContent: number(exponential) })),
+    atStep(8, make("td", {}, weightCell(weight))),
+    ...(layer.value ? [make("td"), atStep(10, make("td", {}, last))] : []),
+    ...(layer.value && layer.mixing?.weight ? [atStep(10, make("td", {}, whole))] : [])));
   if (keys.length < layer.m) {
     const listed = new Set(keys);
     const rest = (numbers) => numbers.reduce((sum, x, j) => (listed.has(j) ? sum : sum + x), 0);
@@ -185,7 +198,8 @@ function workedTable(layer, head, i, result, keys) {
   if (layer.sinks) note("sink, which has no key and no value", result.sink, share, "nothing");
   const weights = result.weights.reduce((sum, x) => sum + x, 0) + share;
   note(result.sum > 0 ? "sum" : "sum: no key is visible, so the output is 0", result.sum, weights,
-    result.output ? strip(result.output, largestOf(result.output), "b") : "");
+    result.output ? strip(result.output, largestOf(result.output), "b") : "",
+    result.output && layer.mixing?.weight ? wholeStrip(mixedBy(layer, head, result.output), "W^o b") : "");
   const titles = steps.map((step) => atStep(step.step,
     make("th", { scope: "col" }, step.title, make("small", { textContent: step.words }))));
   return make("table", {}, make("thead", {}, make("tr", {}, ...titles)), body);
@@ -213,29 +227,29 @@ function products(layer, head, i, j, dot) {
  * @param {Layer} layer @param {number} head @param {number} i @param {any} result */
 function outputLines(layer, head, i, result) {
   if (!result.output) {
-    return [atStep(10,
+    return [atStep(11,
       check("none", "No check: the file has no value, so there is no output to compare."))];
   }
   const most = largestOf(result.output);
   const line = (name, numbers, words) => make("p", { className: "vector" },
     make("span", { className: "what", textContent: name }), strip(numbers, most, name),
     make("span", { className: "hint", textContent: words }));
-  const lines = [atStep(9, line("b", result.output,
+  const lines = [atStep(10, line("b", result.output,
     `${layer.e} numbers, ${signedRange(result.output)}`))];
   if (layer.gap) {
     const gap = layer.gap[head * layer.n + i];
-    return [...lines, atStep(10, checkLine(layer, head, i, result, gap))];
+    return [...lines, atStep(11, checkLine(layer, head, i, result, gap))];
   }
   if (!layer.output) {
-    return [...lines, atStep(10, check("none",
+    return [...lines, atStep(11, check("none",
       layer.route === "arrays" ? "No check: arrays hold no output of a model."
         : "No check: the model never held this head’s output as one tensor."))];
   }
   const own = vector(layer.output, head, layer.n, layer.e, i);
   const difference = own.reduce(
     (worst, x, c) => Math.max(worst, Math.abs(x - result.output[c])), 0);
-  lines.push(atStep(10, line("model", own, "what the model computed here itself")));
-  return [...lines, atStep(10, checkLine(layer, head, i, result, difference))];
+  lines.push(atStep(11, line("model", own, "what the model computed here itself")));
+  return [...lines, atStep(11, checkLine(layer, head, i, result, difference))];
 }
 
 /** Equal means: no further apart than rounding explains, with a factor of 4 to spare. Rounding

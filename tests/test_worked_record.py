@@ -1,0 +1,131 @@
+"""What a record knows of a call besides its weights: rotary angles, the other sequence, W^o."""
+
+import pytest
+import torch
+from test_capture import build
+from torch import nn
+
+from regard import Causal
+from regard.look import capture
+from regard.look.rotation import angles
+from regard.nn import CrossAttention, SelfAttention
+from regard.position import Rotary, Yarn
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="the package transformers is not installed")
+
+
+def recorded(model, *args, **kwargs):
+    with torch.no_grad(), capture(model) as record:
+        output = model(*args, **kwargs)
+    return record, output
+
+
+@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_angles_are_those_of_the_part(layout, fraction):
+    torch.manual_seed(0)
+    rotary = Rotary.of(16, layout=layout, fraction=fraction, base=100.0)
+    x = torch.randn(2, 3, 80, 16)
+    found, told = angles(x, rotary.on_query(x, torch.arange(80)))
+    assert found == layout
+    exact = torch.arange(80)[:, None] * torch.tensor(rotary.frequencies[0])
+    assert told.shape == (2, 80, 8 * fraction)
+    apart = (told - exact + torch.pi).remainder(2 * torch.pi) - torch.pi
+    assert float(apart.abs().max()) < 1e-4
+
+
+def test_what_is_no_rotation_has_no_angles():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 9, 8)
+    turned = Rotary.of(8).on_query(x, torch.arange(9))
+    assert angles(x, x) is None
+    assert angles(x, 1.01 * x) is None
+    assert angles(x, torch.randn_like(x)) is None
+    uneven = torch.cat([x[:, :1], turned[:, 1:]], 1)  # each token turns all heads alike
+    assert angles(x, uneven) is None
+    assert angles(x[:, :, :1], turned[:, :, :1]) is None  # position 0 does not turn
+
+
+def test_llama_turns_query_and_key(transformers):
+    model, inputs = build(transformers, "llama")
+    record, _ = recorded(model, **inputs)
+    call, config = record[1], model.config
+    assert call.turned.layout == "halves"
+    theta = config.rope_parameters["rope_theta"]
+    exact = torch.arange(9)[:, None] * theta ** -(torch.arange(4) / 4)
+    apart = (call.turned.query[0] - exact + torch.pi).remainder(2 * torch.pi) - torch.pi
+    assert float(apart.abs().max()) < 1e-4
+    torch.testing.assert_close(call.turned.key, call.turned.query, atol=1e-4, rtol=0)
+    assert call.made_by == ("", "", "v_proj")
+    assert call.mixing.name == "layers.1.self_attn.o_proj"
+
+
+def test_regards_own_rotary_and_a_magnitude_that_is_none():
+    torch.manual_seed(0)
+    for rotary, is_turned in ((Rotary.of(8), True), (Rotary.of(8, scaling=Yarn(4.0, 16)), False)):
+        layer = SelfAttention(16, 2, position=rotary).eval()
+        record, _ = recorded(nn.ModuleList([layer])[0], torch.randn(1, 6, 16), mask=Causal())
+        assert (record[0].turned is not None) == is_turned
+
+
+KINDS = ("gpt2", "llama", "bert", "vit", "t5", "bart")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layer_that_mixes_heads_gives_what_the_model_goes_on_with(transformers, kind):
+    model, inputs = build(transformers, kind)
+    names = dict(model.named_modules())
+    with torch.no_grad(), capture(model) as record:
+        kept, hooks = {}, []
+        for name, module in names.items():
+            hooks.append(
+                module.register_forward_hook(lambda m, a, o, name=name: kept.update({name: o}))
+            )
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    for call in record:
+        heads = call.output.transpose(1, 2).flatten(2)
+        made = nn.functional.linear(heads, call.mixing.weight, call.mixing.bias)
+        torch.testing.assert_close(made, kept[call.mixing.name])
+
+
+def test_cross_attention_knows_the_other_sequence(transformers):
+    for kind in ("t5", "bart"):
+        model, inputs = build(transformers, kind)
+        record, output = recorded(model, **inputs)
+        crossed = [call for call in record if call.query.shape[2] != call.key.shape[2]]
+        assert len(crossed) == 2
+        for call in crossed:
+            assert call.memory_of == "encoder"
+            assert torch.equal(call.memory, output.encoder_last_hidden_state)
+            assert call.made_by[1:] in (("k_proj", "v_proj"), ("k", "v"))
+            assert call.inputs.shape[1] == call.query.shape[2]
+        assert all(call.memory is None for call in record if call not in crossed)
+
+
+def test_torch_and_regard_cross_attention():
+    torch.manual_seed(0)
+    model = nn.Transformer(16, 2, 1, 1, 32, batch_first=True).eval()
+    record, _ = recorded(model, torch.randn(1, 5, 16), torch.randn(1, 5, 16))
+    own, cross = record[1], record[2]
+    assert (own.memory, cross.memory_of) == (None, "encoder")  # lengths agree, vectors do not
+    assert cross.made_by == ("in_proj[0:16]", "in_proj[16:32]", "in_proj[32:48]")
+    assert cross.mixing.name.endswith("multihead_attn.out_proj")
+    layer = CrossAttention(16, 2).eval()
+    memory = torch.randn(1, 7, 16)
+    record, output = recorded(layer, torch.randn(1, 3, 16), memory)
+    assert torch.equal(record[0].memory, memory)
+    heads = record[0].output.transpose(1, 2).flatten(2)
+    mixing = record[0].mixing
+    torch.testing.assert_close(nn.functional.linear(heads, mixing.weight, mixing.bias), output[0])
+
+
+def test_one_layer_for_query_key_and_value(transformers):
+    model, inputs = build(transformers, "gpt2")
+    record, _ = recorded(model, **inputs)
+    assert record[0].made_by == ("c_attn[0:32]", "c_attn[32:64]", "c_attn[64:96]")
+    assert record[0].mixing.name == "h.0.attn.c_proj"
