@@ -79,7 +79,7 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--output",
         type=Path,
         default=Path("regard-look.html"),
-        help="the page (default: %(default)s); .svg for a figure, .csv for the table of all heads",
+        help="the page (default: %(default)s); .svg or .png for a figure, .csv for the table",
     )
     command.add_argument(
         "--serve",
@@ -92,7 +92,7 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "--panel",
         choices=PANELS,
-        help="for .svg (default: heads, or with --beside difference) or .csv: which panel",
+        help="for .svg, .png (default: heads, or with --beside difference) or .csv: which panel",
     )
     command.add_argument(
         "--at",
@@ -155,7 +155,7 @@ def _write(seen: Look, options: argparse.Namespace) -> Path:
     output: Path = options.output
     if output.suffix not in FIGURES:
         if options.panel is not None:
-            raise SourceError(f"--panel is for {' and '.join(FIGURES)}, not for {output.name}")
+            raise SourceError(f"--panel is for {', '.join(FIGURES)}, not for {output.name}")
         return seen.save(output)
     usual = None if seen.scene.beside is None else "difference"
     panel = options.panel or usual

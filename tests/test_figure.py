@@ -4,6 +4,7 @@ import base64
 import csv
 import re
 import struct
+import sys
 import zlib
 from xml.etree import ElementTree
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from regard.cli import main
-from regard.errors import ShapeError
+from regard.errors import MissingPackageError, ShapeError
 from regard.look import FigureError, look
-from regard.look.drawing import highest_lift
+from regard.look.drawing import Figure, highest_lift
 from regard.look.figure import PANELS
 from regard.picture import png
 
@@ -129,8 +130,29 @@ def test_what_cannot_be_drawn_says_what_can(ask, error, words):
 
 
 def test_other_endings_are_refused(tmp_path):
-    with pytest.raises(FigureError, match=r"x.png ends in .png; figures are written as .svg"):
-        look(arrays()).figure("map").save(tmp_path / "x.png")
+    with pytest.raises(FigureError, match=r"x.gif ends in .gif; figures are written as .svg"):
+        look(arrays()).figure("map").save(tmp_path / "x.gif")
+
+
+def test_png_is_the_drawing_at_twice_its_size(tmp_path):
+    figure = look({**arrays(), "tokens": HOSTILE}, causal=True).figure("map")
+    written = figure.save(tmp_path / "map.png").read_bytes()
+    assert written[:8] == b"\x89PNG\r\n\x1a\n"
+    root = ElementTree.fromstring(figure.svg)
+    size = [int(root.get(name)) for name in ("width", "height")]
+    assert struct.unpack(">2I", written[16:24]) == tuple(2 * side for side in size)
+    wordless = re.sub("<text.*?</text>", "", figure.svg, flags=re.DOTALL)
+    assert Figure(wordless, (), ()).png() != written
+
+
+def test_png_without_fonts_or_its_package_says_what_to_do(monkeypatch):
+    figure = look(arrays()).figure("map")
+    monkeypatch.setattr("resvg_py.svg_to_bytes", lambda **how: b"no words")
+    with pytest.raises(FigureError, match="fonts-dejavu-core"):
+        figure.png()
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(MissingPackageError, match=r"regard\[look\]"):
+        figure.png()
 
 
 def test_png_of_a_ramp_by_hand():
@@ -164,7 +186,7 @@ def test_figures_and_tables_from_the_command_line(tmp_path, capsys):
     weights = look(arrays())[1][0, 3, 4]
     assert [float(row["weight"]) for row in sent] == pytest.approx(weights.tolist())
     for options, words in (
-        (["--output", "x.html", "--panel", "map"], "--panel is for .svg and .csv"),
+        (["--output", "x.html", "--panel", "map"], "--panel is for .svg, .png, .csv"),
         (["--output", "x.svg", "--panel", "map", "--at", "1"], "two to four numbers"),
         (["--output", "x.svg", "--panel", "map", "--at", "9,0"], "there is no layer 9"),
     ):

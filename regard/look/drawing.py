@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import Tensor
 
 from regard import picture
-from regard.errors import RegardError
+from regard.errors import MissingPackageError, RegardError
 from regard.look.scene import Scene
 from regard.look.statistics import csv_of
 
-FIGURES = (".svg", ".csv")
+FIGURES = (".svg", ".png", ".csv")
 
 # The light ramp of the page (paint.js): lightness changes in one direction only.
 # fmt: off
@@ -28,6 +28,10 @@ INK, QUIET, LINE, FILL = "#1c2026", "#5c6470", "#d9d6cd", "#4a8abd"
 MARGIN = 16
 MIDDLE = 'dominant-baseline="central"'
 FONT = "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
+_LETTER = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20">'
+    f'<text y="15" font-family="{FONT}">{{}}</text></svg>'
+)
 HATCH = (
     '<pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" '
     'patternTransform="rotate(45)"><rect width="5" height="5" fill="#f0ede6"/>'
@@ -41,7 +45,7 @@ class FigureError(RegardError):
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn panel. Shows itself in a notebook; `save` writes it as SVG or CSV.
+    """A drawn panel. Shows itself in a notebook; `save` writes it as SVG, PNG or CSV.
 
     svg: the drawing;  columns, rows: its numbers
     """
@@ -54,18 +58,40 @@ class Figure:
         """The numbers as comma-separated values; empty where a cell is masked."""
         return csv_of(self.columns, self.rows)
 
-    def save(self, path: str | Path) -> Path:
-        """Write .svg or .csv, by the path's ending, and return where it is.
+    def png(self) -> bytes:
+        """The drawing in pixels, twice its size, in the fonts of this machine.
 
-        Raises FigureError for another ending, OSError if the file cannot be written.
+        Raises MissingPackageError without resvg-py, FigureError where there is no font: a drawing
+        without its words would say nothing.
+        """
+        try:
+            import resvg_py
+        except ImportError as error:
+            raise MissingPackageError("resvg-py", extra="look") from error
+        one, other = (resvg_py.svg_to_bytes(svg_string=_LETTER.format(x)) for x in ("M", ""))
+        if one == other:
+            raise FigureError(
+                "this machine has no fonts to draw words with (Debian has them in the package "
+                "fonts-dejavu-core); .svg leaves them to whoever opens it."
+            )
+        return bytes(resvg_py.svg_to_bytes(svg_string=self.svg, zoom=2))
+
+    def save(self, path: str | Path) -> Path:
+        """Write .svg, .png or .csv, by the path's ending, and return where it is.
+
+        Raises FigureError for another ending, OSError if the file cannot be written, and what `png`
+        raises.
         """
         target = Path(path)
         if target.suffix not in FIGURES:
             raise FigureError(
-                f"{target.name} ends in {target.suffix or 'nothing'}; figures are written as .svg "
-                "or .csv. PNG at twice the size comes from the buttons of the page."
+                f"{target.name} ends in {target.suffix or 'nothing'}; figures are written as "
+                f"{', '.join(FIGURES)}."
             )
-        target.write_text(self.svg if target.suffix == ".svg" else self.csv(), encoding="utf-8")
+        if target.suffix == ".png":
+            target.write_bytes(self.png())
+        else:
+            target.write_text(self.svg if target.suffix == ".svg" else self.csv(), encoding="utf-8")
         return target
 
     def _repr_html_(self) -> str:
