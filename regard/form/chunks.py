@@ -56,9 +56,9 @@ class Tokens(NamedTuple):
         given = (self.key, self.value, self.log_decay, self.read, self.write)
         return broadcast([x.shape[:-2] for x in given if x is not None])
 
-    def start(self) -> Tensor:
-        """The state before any token, [*lanes, d, e]."""
-        return self.value.new_zeros(*self.lanes(), self.key.shape[-1], self.value.shape[-1])
+    def start(self, sums: bool = False) -> Tensor:
+        """The state before any token, [*lanes, d, e + sums]."""
+        return self.value.new_zeros(*self.lanes(), self.key.shape[-1], self.value.shape[-1] + sums)
 
 
 def broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -25,11 +25,13 @@ from torch import Tensor
 from regard import errors
 from regard.dropout import Dropout
 from regard.features import Features
-from regard.form import chunks, fused
+from regard.form import chunks, fused, scan
 from regard.form.chunks import Tokens
 from regard.form.groups import Groups
 from regard.form.past import Past, past
 from regard.form.tiles import compute_dtype
+from regard.kernel import cpu, recurrence
+from regard.kernel.recurrence import How
 from regard.normalizer import Identity, Normalizer, RowSum, Softmax
 from regard.opaque import opaque
 from regard.position.base import Position, terms
@@ -155,13 +157,18 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     d, lanes = _features(matrix), math.prod(matrix.shape[:-2])
     if not _causal(matrix):
         return "one state of all keys, in PyTorch", lanes * d * d * size, 1
+    reason = scan.needs_of(matrix)
+    if reason is None:
+        how = f"a state and chunks of tokens, in C++ for {cpu.instruction_set()}"
+        e = matrix.key.shape[-1]
+        return how, lanes * recurrence.state_bytes(matrix.shape[-1], d, e, size), chunks.CHUNK
     erases = isinstance(score, Features) and score.erases
     by_channel = isinstance(score, Features) and score.by_channel
     numbers = chunks.CHUNK + by_channel * d
     tokens = min(matrix.shape[-1], max(chunks.PIECE_NUMBERS // max(lanes * numbers, 1), 1))
     # Counted with torch's profiler, for widths of 16 and 64 (tests/test_recurrent_costs.py).
     held = 3 * chunks.CHUNK + (6 + 15 * erases + 6 * by_channel) * d
-    how = "a state and chunks of tokens, in PyTorch, backward recomputes"
+    how = f"a state and chunks of tokens, in PyTorch ({reason}), backward recomputes"
     return how, lanes * tokens * held * size, chunks.CHUNK
 
 
@@ -275,27 +282,20 @@ def _run(matrix: Attention, value: Tensor, state: Tensor | None) -> tuple[Tensor
     batch = _output_batch(matrix, value)
     groups = Groups.of(matrix, batch)
     with torch.autocast(value.device.type, enabled=False):
-        tokens = _tokens(matrix.rule, matrix.query, matrix.key, value, groups)
+        how = scan.how(matrix.rule, matrix.shape, found)
+        tokens = _tokens(matrix.rule, matrix.query, matrix.key, value, groups, mapped=not how.elu)
         if found.keep is not None:
             hidden = groups.split(~found.keep[..., None])
             tokens = tokens._replace(key=tokens.key.masked_fill(hidden, 0))
         if found.offset is None:
+            tokens = tokens if how.eps is None else scan.with_ones(tokens)
             assert tokens.query is not None
             after = tokens.key.mT @ tokens.value
             output = tokens.query @ after
+            output = output if how.eps is None else scan.divided(output, how.eps)
         else:
-            output, after = _since_start(tokens, found, groups, state)
-        output = _divided(output, matrix.normalizer)
+            output, after = _since_start(tokens, found, groups, state, how)
     return groups.join(output, batch).to(value.dtype), groups.join(after, None)
-
-
-def _divided(output: Tensor, normalizer: Normalizer) -> Tensor:
-    """The last column, sums of scores, divides the others, unless scores are weights."""
-    if isinstance(normalizer, Identity):
-        return output
-    total = output[..., -1:] + getattr(normalizer, "eps", 0.0)
-    empty = total == 0
-    return torch.where(empty, 0, output[..., :-1] / torch.where(empty, 1, total))
 
 
 def step(
@@ -306,9 +306,10 @@ def step(
     groups = Groups(shared, heads // shared) if shared > 1 else Groups(heads, 1)
     with torch.autocast(value.device.type, enabled=False):
         tokens = _tokens(rule, query, key, value, groups)
-        output, after = chunks.step(tokens, _begun(tokens, state, groups))
+        how = How(scan.eps(rule.normalizer))
+        begun = _begun(tokens, state, groups, sums=how.eps is not None)
+        output, after = scan.in_pytorch(tokens, begun, how)
     assert output is not None
-    output = _divided(output, rule.normalizer)
     batch = (*chunks.broadcast([query.shape[:-3], output.shape[:-4]]), heads)
     return groups.join(output, batch).to(value.dtype), groups.join(after, None)
 
@@ -321,19 +322,20 @@ def _output_batch(matrix: Attention, value: Tensor) -> tuple[int, ...]:
     return chunks.broadcast([axes, batch])
 
 
-def _tokens(rule: Rule, query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tokens:
-    """What the recurrence reads, in float32 at least; a last column of ones where sums count."""
+def _tokens(
+    rule: Rule, query: Tensor, key: Tensor, value: Tensor, groups: Groups, *, mapped: bool = True
+) -> Tokens:
+    """What the recurrence reads, in float32 at least; not `mapped`, before the score's map."""
     dtype = compute_dtype(query.dtype)
     value = groups.split(value.to(dtype))
-    if not isinstance(rule.normalizer, Identity):
-        value = F.pad(value, (0, 1), value=1.0)
     score, position = rule.score, rule.position
     if isinstance(position, Alibi) and isinstance(score, PositionOnly):
         one, other = (value.new_ones(1, 1, x.shape[-2], 1) for x in (query, key))
         slopes = groups.split(position.slopes.to(dtype)[..., None, None])
         return Tokens(one, other, value, -slopes)
     assert isinstance(score, Features)
-    query, key = (x.to(dtype) for x in rule.operands(query, key))
+    pair = rule.operands(query, key) if mapped else (query, key)
+    query, key = (x.to(dtype) for x in pair)
     query, key = groups.split(score.scaled(query)), groups.split(key)
     decay, beta = (groups.split_if_tensor(x) for x in (score.log_decay, score.beta))
     erase: Any = score.erase and tuple(map(groups.split, score.erase))
@@ -343,7 +345,7 @@ def _tokens(rule: Rule, query: Tensor, key: Tensor, value: Tensor, groups: Group
 
 
 def _since_start(
-    tokens: Tokens, found: Past, groups: Groups, given: Tensor | None
+    tokens: Tokens, found: Past, groups: Groups, given: Tensor | None, how: How
 ) -> tuple[Tensor, Tensor]:
     """Outputs of all rows, and the state after the last one's token."""
     query, offset = tokens.query, found.offset
@@ -357,11 +359,11 @@ def _since_start(
         decay = query.new_zeros(1, 1) if lined.log_decay is None else lined.log_decay
         decay = torch.where(groups.split(begins), -torch.inf, decay)
         lined = lined._replace(log_decay=decay)
-    state = _begun(lined, given, groups)
+    state = _begun(lined, given, groups, sums=how.eps is not None)
     if before:
-        _, state = chunks.scan(_part(lined, slice(0, before)), state)
+        _, state = scan.scan(_part(lined, slice(0, before)), state, how)
     rest = _part(lined, slice(before, last))._replace(query=query[..., early:, :])
-    output, state = chunks.scan(rest, state)
+    output, state = scan.scan(rest, state, how)
     assert output is not None
     return F.pad(output, (0, 0, early, 0)), state
 
@@ -380,9 +382,9 @@ def _part(tokens: Tokens, which: slice) -> Tokens:
     return _each(tokens, lambda x: x[..., which, :] if x.shape[-2] == whole else x)
 
 
-def _begun(tokens: Tokens, state: Tensor | None, groups: Groups) -> Tensor:
+def _begun(tokens: Tokens, state: Tensor | None, groups: Groups, *, sums: bool) -> Tensor:
     """The state before these tokens: the given one if it fits, or an empty one."""
-    start = tokens.start()
+    start = tokens.start(sums)
     if state is None:
         return start
     errors.check_tensor("state", state, shape="[*batch, heads, d, e]")
