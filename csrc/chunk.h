@@ -182,20 +182,30 @@ static inline bool is_first(const Recurrence& p, const Operand& x, int64_t lane)
   return true;
 }
 
-// The tokens of a piece of a lane's chunks.
+// The tokens of a lane that a piece of work has, counted in halves of pieces, for each of which there is
+// a sketch: so that threads that would wait share the pieces before the last.
 struct Piece {
-  int64_t lane, number, first, last;
-  Piece(const Recurrence& p, int64_t item, int64_t pieces, int64_t from = 0)
-      : lane(item / pieces), number(item % pieces + from) {
+  int64_t lane, begin, end, first, last;
+  Piece(const Recurrence& p, int64_t lane, int64_t begin, int64_t end)
+      : lane(lane), begin(begin), end(end) {
     const int64_t chunks = (p.n + ROWS - 1) / ROWS;
-    first = chunks * number / p.pieces * ROWS, last = chunks * (number + 1) / p.pieces * ROWS;
+    first = chunks * begin / halves(p) * ROWS, last = chunks * end / halves(p) * ROWS;
     if (last > p.n) last = p.n;
+  }
+  static int64_t halves(const Recurrence& p) { return 2 * p.pieces; }
+  static Piece whole(const Recurrence& p, int64_t item) {
+    const int64_t begin = item % p.pieces * 2;
+    return {p, item / p.pieces, begin, begin + 2};
+  }
+  static Piece half(const Recurrence& p, int64_t item, int64_t from) {
+    const int64_t begin = item % (halves(p) - 2) + from;
+    return {p, item / (halves(p) - 2), begin, begin + 1};
   }
 };
 
 template <class T>
-INLINE T* sketch_of(const Recurrence& p, int64_t lane, int64_t piece) {
-  return static_cast<T*>(p.sketch) + (lane * p.pieces + piece) * (state_numbers<T>(p) + GROUP<T>);
+INLINE T* sketch_of(const Recurrence& p, int64_t lane, int64_t half) {
+  return static_cast<T*>(p.sketch) + (lane * Piece::halves(p) + half) * (state_numbers<T>(p) + GROUP<T>);
 }
 
 // Rows of a tensor whose columns are read: in place, unless that evicts its own lines.
@@ -345,24 +355,24 @@ class Recur {
 
 template <class T>
 static void sketch(const Recurrence& p, int64_t item, void* memory) {
-  const Piece piece(p, item, p.pieces - 1);
+  const Piece piece = Piece::half(p, item, 0);
   Recur<T> recur(memory, p);
   recur.state.clear();
   for (int64_t at = piece.first; at < piece.last; at += ROWS)
     recur.chunk(piece.lane, at, piece.last - at < ROWS ? piece.last - at : ROWS, false);
-  T* to = sketch_of<T>(p, piece.lane, piece.number);
+  T* to = sketch_of<T>(p, piece.lane, piece.begin);
   __builtin_memcpy(to, recur.state.at, size_t(recur.state.numbers) * sizeof(T));
   to[recur.state.numbers] = recur.factor;
 }
 
 template <class T>
 static void recur(const Recurrence& p, int64_t item, void* memory) {
-  const Piece piece(p, item, p.pieces);
+  const Piece piece = Piece::whole(p, item);
   Recur<T> recur(memory, p);
   Memory<T>& state = recur.state;
   state.clear();
   state.read(p.state, piece.lane);
-  for (int64_t before = 0; before < piece.number; ++before)
+  for (int64_t before = 0; before < piece.begin; ++before)
     state.pass(sketch_of<T>(p, piece.lane, before));
   T* kept = static_cast<T*>(p.kept);
   if (kept) kept += (piece.lane * ((p.n + ROWS - 1) / ROWS) + piece.first / ROWS) * state.numbers;
@@ -370,7 +380,7 @@ static void recur(const Recurrence& p, int64_t item, void* memory) {
     if (kept) __builtin_memcpy(kept, state.at, size_t(state.numbers) * sizeof(T)), kept += state.numbers;
     recur.chunk(piece.lane, at, piece.last - at < ROWS ? piece.last - at : ROWS, p.query.data);
   }
-  if (piece.number == p.pieces - 1 && is_first(p, p.after, piece.lane))
+  if (piece.last == p.n && is_first(p, p.after, piece.lane))
     state.write(p.after, piece.lane);
 }
 
@@ -379,7 +389,7 @@ static size_t recur_scratch(const Recurrence& p) {
   return Recur<T>(nullptr, p).arena.used;
 }
 
-static int64_t sketch_items(const Recurrence& p) { return p.lanes * (p.pieces - 1); }
+static int64_t sketch_items(const Recurrence& p) { return p.lanes * (Piece::halves(p) - 2); }
 static int64_t recur_items(const Recurrence& p) { return p.lanes * p.pieces; }
 
 }  // namespace regard::REGARD_ISA

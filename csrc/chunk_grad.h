@@ -60,13 +60,17 @@ class RecurGrad {
       weigh_left();
       score(scores);
     }
+    bring_next(0);
     if (p.dvalue.data) of_value();
+    bring_next(1);
     for (T& x : dlog) x = 0;
     T within[ROWS] = {};
     if (scores && asks) of_pairs(within);
     if (scores && asks && (p.dquery.data || p.ddecay.data)) of_query(before);
+    bring_next(2);
     if (p.dkey.data || p.ddecay.data) of_key();
     if (p.ddecay.data) of_decay(within, before);
+    bring_next(3);
     carry();
   }
 
@@ -80,6 +84,16 @@ class RecurGrad {
   const bool asks = p.query.data;
   int64_t lane = 0, first = 0, count = 0;
   T enters[ROWS], leaves[ROWS], dlog[ROWS];
+
+  // Part `part` of 4 of what the next chunk, which is the one before, reads.
+  void bring_next(int64_t part) const {
+    bring_rows<T>(p, p.key, lane, first - ROWS, p.d, part, 4);
+    bring_rows<T>(p, p.value, lane, first - ROWS, p.e, part, 4);
+    if (!asks) return;
+    bring_rows<T>(p, p.query, lane, first - ROWS, p.d, part, 4);
+    bring_rows<T>(p, p.left, lane, first - ROWS, p.e, part, 4);
+    if (p.sums) bring_rows<T>(p, p.output, lane, first - ROWS, p.e, part, 4);
+  }
 
   void start(int64_t of_lane, int64_t from, int64_t some) {
     lane = of_lane, first = from, count = some;
@@ -289,30 +303,30 @@ class RecurGrad {
 
 template <class T>
 static void sketch_grad(const Recurrence& p, int64_t item, void* memory) {
-  const Piece piece(p, item, p.pieces - 1, 1);
+  const Piece piece = Piece::half(p, item, 2);
   RecurGrad<T> grad(memory, p);
   grad.slope.clear();
   for (int64_t at = (piece.last - 1) / ROWS * ROWS; at >= piece.first; at -= ROWS)
     grad.pass(piece.lane, at, piece.last - at < ROWS ? piece.last - at : ROWS);
-  T* to = sketch_of<T>(p, piece.lane, piece.number);
+  T* to = sketch_of<T>(p, piece.lane, piece.begin);
   __builtin_memcpy(to, grad.slope.at, size_t(grad.slope.numbers) * sizeof(T));
   to[grad.slope.numbers] = grad.factor;
 }
 
 template <class T>
 static void recur_grad(const Recurrence& p, int64_t item, void* memory) {
-  const Piece piece(p, item, p.pieces);
+  const Piece piece = Piece::whole(p, item);
   RecurGrad<T> grad(memory, p);
   Memory<T>& slope = grad.slope;
   slope.clear();
   if (p.dafter.data && is_first(p, p.dafter, piece.lane)) slope.read(p.dafter, piece.lane);
-  for (int64_t after = p.pieces - 1; after > piece.number; --after)
+  for (int64_t after = Piece::halves(p) - 1; after >= piece.end; --after)
     slope.pass(sketch_of<T>(p, piece.lane, after));
   const T* kept = static_cast<const T*>(p.kept) + piece.lane * ((p.n + ROWS - 1) / ROWS) * slope.numbers;
   for (int64_t at = (piece.last - 1) / ROWS * ROWS; at >= piece.first; at -= ROWS)
     grad.chunk(piece.lane, at, piece.last - at < ROWS ? piece.last - at : ROWS,
                kept + at / ROWS * slope.numbers);
-  if (!piece.number && p.dstate.data) slope.write(p.dstate, piece.lane);
+  if (!piece.first && p.dstate.data) slope.write(p.dstate, piece.lane);
 }
 
 template <class T>

@@ -118,7 +118,8 @@ struct Recurrence : Batch {
   void* total = nullptr;  // [lanes, n]: what outputs are divided by
   void* kept = nullptr;   // the state before each chunk, as chunk.h has it, or null
 
-  // Pieces of a lane's chunks that are done side by side; `sketch` has for each what it does to a state.
+  // Pieces of a lane's chunks that are done side by side; `sketch` has for each half of one what it does to
+  // a state.
   int64_t pieces = 1;
   void* sketch = nullptr;
 

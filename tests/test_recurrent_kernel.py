@@ -12,7 +12,7 @@ from regard import Causal, Documents, Features, Identity, RowSum, attention, rec
 from regard.feature_map import identity
 from regard.form import scan
 from regard.form.chunks import Tokens
-from regard.kernel import extension
+from regard.kernel import extension, recurrence
 from regard.kernel.recurrence import How
 
 CPU = extension.load()
@@ -129,17 +129,19 @@ LANES = {
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
 @pytest.mark.parametrize("lanes", LANES.values(), ids=LANES)
-def test_lanes_broadcast(lanes, how, threads):
+def test_lanes_broadcast(lanes, how, threads, monkeypatch):
+    monkeypatch.setattr(recurrence, "PIECE_CHUNKS", 1)
     torch.set_num_threads(threads)
     for decay in ("none", "head", "token"):
-        assert_same(Case(70, decay=decay, how=how, lanes=lanes))
+        assert_same(Case(200, decay=decay, how=how, lanes=lanes))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("decay", ["none", "head", "token", "forgets"])
-@pytest.mark.parametrize("n", [65, 1000])
-def test_threads_may_change_rounding_and_nothing_else(n, decay, threads):
+@pytest.mark.parametrize("n", [200, 1000])
+def test_threads_may_change_rounding_and_nothing_else(n, decay, threads, monkeypatch):
     """A lane is cut into pieces; at one number of threads the same bits come out every time."""
+    monkeypatch.setattr(recurrence, "PIECE_CHUNKS", 1)
     torch.set_num_threads(threads)
     case = Case(n, 17, 6, decay, How(1e-6), lanes=((1,), (1,), (1,)))
     assert_same(case)
@@ -275,11 +277,13 @@ def test_what_the_kernels_do_not_do_runs_in_pytorch_and_is_said():
     assert scan.needs(given._replace(key=key.as_subclass(Own))) is not None
     assert scan.needs(given._replace(key=key.bfloat16())) is not None
     state = torch.zeros(2, 4, 4)
-    loss = lambda q: scan.scan(Tokens(q, key, value), state, WEIGHTS)[0].square().sum()  # noqa: E731
+
+    def loss(query):
+        return scan.scan(Tokens(query, key, value), state, WEIGHTS)[0].square().sum()
+
+    _, slope = torch.func.jvp(loss, (query,), (torch.ones_like(query),))  # has no kernels
     leaf = query.clone().requires_grad_()
-    torch.testing.assert_close(
-        torch.func.grad(loss)(query), torch.autograd.grad(loss(leaf), leaf)[0], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(slope, torch.autograd.grad(loss(leaf), leaf)[0].sum())
 
 
 def test_without_the_extension_it_runs_in_pytorch_and_says_so():

@@ -310,7 +310,7 @@ def step(
         begun = _begun(tokens, state, groups, sums=how.eps is not None)
         output, after = scan.in_pytorch(tokens, begun, how)
     assert output is not None
-    batch = (*chunks.broadcast([query.shape[:-3], output.shape[:-4]]), heads)
+    batch = (*errors.common_shape([query.shape[:-3], output.shape[:-4]]), heads)
     return groups.join(output, batch).to(value.dtype), groups.join(after, None)
 
 
@@ -319,7 +319,7 @@ def _output_batch(matrix: Attention, value: Tensor) -> tuple[int, ...]:
     batch, axes = matrix.shape[:-2], list(value.shape[:-2])
     if axes and batch:
         axes[-1] = max(axes[-1], batch[-1])
-    return chunks.broadcast([axes, batch])
+    return errors.common_shape([axes, batch])
 
 
 def _tokens(
@@ -365,12 +365,13 @@ def _since_start(
     rest = _part(lined, slice(before, last))._replace(query=query[..., early:, :])
     output, state = scan.scan(rest, state, how)
     assert output is not None
-    return F.pad(output, (0, 0, early, 0)), state
+    return F.pad(output, (0, 0, early, 0)) if early else output, state
 
 
 def _lengthened(x: Tensor, tokens: int, keys: int) -> Tensor:
     """The first tokens, or all and more of zeros; what all tokens share stays."""
-    return F.pad(x, (0, 0, 0, tokens - keys)) if x.shape[-2] == keys else x
+    more = tokens - keys if x.shape[-2] == keys else 0
+    return F.pad(x, (0, 0, 0, more)) if more else x  # padding by nothing copies
 
 
 def _each(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Tokens:

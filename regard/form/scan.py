@@ -177,6 +177,12 @@ def _differentiable(
     pairs = [(x, g) for x, g in zip(results, above, strict=True) if x is not None and g is not None]
     outputs, gradients = zip(*pairs, strict=True)
     found = iter(
-        torch.autograd.grad(outputs, learned, gradients, create_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            outputs,
+            learned,  # type: ignore[arg-type]
+            gradients,
+            create_graph=True,
+            allow_unused=True,
+        )
     )
     return [next(found) if want else None for want in wanted]

@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regard.errors import common_shape
 from regard.kernel import extension
 from regard.kernel.cpu import KINDS, rows_of_a_tile
+
+
+PIECE_CHUNKS = 16
+"""Chunks from which a piece of a lane is worth a thread of its own; two cores."""
 
 
 class Inputs(NamedTuple):
@@ -27,7 +32,7 @@ class Inputs(NamedTuple):
 
     def lanes(self) -> tuple[int, ...]:
         """Batch and head axes of the output."""
-        return tuple(torch.broadcast_shapes(*(x.shape[:-2] for x in self if x is not None)))
+        return common_shape([x.shape[:-2] for x in self if x is not None])
 
 
 class How(NamedTuple):
@@ -115,16 +120,16 @@ class _Work:
         self.threads, lanes = torch.get_num_threads(), inputs.lanes()
         n, d, e = *inputs.key.shape[-2:], inputs.value.shape[-1]
         chunks, count = -(-n // rows_of_a_tile()), math.prod(lanes)
-        # Twice as many pieces as threads: their states, of all but the last, are found first.
+        # Threads without a lane of their own pay where each has some chunks to do.
         uneven = count % self.threads and count < 4 * self.threads
-        pieces = max(min(2 * self.threads, chunks), 1) if uneven else 1
+        pieces = self.threads if uneven and chunks >= PIECE_CHUNKS * self.threads else 1
         tensors = tuple(map(_place, (*inputs, *others)))
         kind = KINDS[inputs.value.dtype]
         sizes = (n, d, e, pieces)
         self.problem = kernels.Recurrence.of(lanes, sizes, kind, *how, tensors)
         state_numbers = self.problem.state_numbers()
         self.kept_numbers = count * chunks * state_numbers
-        room = count * pieces * (state_numbers + 64) if pieces > 1 else 0
+        room = 2 * count * pieces * (state_numbers + 64) if pieces > 1 else 0
         self.sketch = inputs.value.new_empty(room)
 
     def run(self, total: Tensor, kept: Tensor) -> None:
