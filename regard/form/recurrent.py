@@ -167,7 +167,7 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     numbers = chunks.CHUNK + by_channel * d
     tokens = min(matrix.shape[-1], max(chunks.PIECE_NUMBERS // max(lanes * numbers, 1), 1))
     # Counted with torch's profiler, for widths of 16 and 64 (tests/test_recurrent_costs.py).
-    held = 3 * chunks.CHUNK + (6 + 15 * erases + 6 * by_channel) * d
+    held = (5 * chunks.CHUNK + (9 + 18 * erases + 10 * by_channel) * d) // 2
     how = f"a state and chunks of tokens, in PyTorch ({reason}), backward recomputes"
     return how, lanes * tokens * held * size, chunks.CHUNK
 

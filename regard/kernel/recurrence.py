@@ -16,7 +16,6 @@ from regard.errors import common_shape
 from regard.kernel import extension
 from regard.kernel.cpu import KINDS, rows_of_a_tile
 
-
 PIECE_CHUNKS = 16
 """Chunks from which a piece of a lane is worth a thread of its own; two cores."""
 
