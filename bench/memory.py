@@ -45,7 +45,7 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Bytes that the process held at most; getrusage begins with what the parent held at the fork."""
+    """Bytes that the process held at most; getrusage would begin with those of its parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
