@@ -36,6 +36,7 @@ static double peak(int64_t rounds) {
 #define REGARD_STRING(x) #x
 #define REGARD_NAME(x) REGARD_STRING(x)
 
+extern const ChunkKernels chunk_kernels;  // isa_chunks.cpp
 extern const Kernels kernels;
 const Kernels kernels = {
     REGARD_NAME(REGARD_ISA),
@@ -45,6 +46,7 @@ const Kernels kernels = {
     {attend_grad_items, scratch<attend_grad_scratch<float>, attend_grad_scratch<double>>,
      run<attend_grad<float>, attend_grad<double>>},
     {look_items, scratch<look_scratch<float>, look_scratch<double>>, run<look<float>, look<double>>},
+    &chunk_kernels,
     peak,
 };
 

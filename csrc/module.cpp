@@ -107,7 +107,8 @@ class Scratch {
 };
 thread_local Scratch scratch_of_thread;
 
-void run(const Kernel& kernel, const Problem& p, int threads) {
+template <class P>
+void run(const KernelOf<P>& kernel, const P& p, int threads) {
   const int64_t items = kernel.items(p);
   if (!items) return;
   const size_t bytes = kernel.scratch(p);
@@ -176,7 +177,7 @@ int64_t entry(nb::handle tuple, size_t at) {
 }
 
 // Strides of an operand along the problem's batch and head axes; axes of size 1 do not move.
-Operand operand(const Problem& p, uintptr_t data, int kind, nb::tuple shape, nb::tuple strides,
+Operand operand(const Batch& p, uintptr_t data, int kind, nb::tuple shape, nb::tuple strides,
                 int trailing) {
   Operand x;
   x.data = reinterpret_cast<char*>(data);
@@ -212,12 +213,16 @@ Operand& named(Problem& p, const std::string& name) {
   throw std::invalid_argument("no operand is called '" + name + "'.");
 }
 
-Problem make(nb::tuple batch, int64_t n, int64_t m, int64_t d, int64_t e, int compute) {
+void set_axes(Batch& p, nb::tuple batch) {
   if (batch.size() > size_t(AXES)) throw std::invalid_argument("too many batch axes.");
-  Problem p;
   p.axes = int(batch.size());
   p.lanes = 1;
   for (int a = 0; a < p.axes; ++a) p.lanes *= p.size[a] = entry(batch, size_t(a));
+}
+
+Problem make(nb::tuple batch, int64_t n, int64_t m, int64_t d, int64_t e, int compute) {
+  Problem p;
+  set_axes(p, batch);
   p.n = n, p.m = m, p.d = d, p.e = e;
   p.compute = kind_of(compute);
   return p;
@@ -257,6 +262,43 @@ void attend_plain(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out
     *homes[x] = operand(p, data[x], kind, part(shapes, x), part(strides, x), 2);
   nb::gil_scoped_release free;
   attend(p, threads);
+}
+
+// Tensors of a recurrence by place: (address, shape, strides) each, or None.
+constexpr Operand Recurrence::*const HOMES[] = {
+    &Recurrence::query,  &Recurrence::key,    &Recurrence::value,  &Recurrence::decay,
+    &Recurrence::state,  &Recurrence::output, &Recurrence::after,  &Recurrence::left,
+    &Recurrence::dafter, &Recurrence::dquery, &Recurrence::dkey,   &Recurrence::dvalue,
+    &Recurrence::ddecay, &Recurrence::dstate,
+};
+
+Recurrence recurrence(nb::tuple batch, nb::tuple sizes, int kind, std::optional<double> eps,
+                      bool elu, nb::tuple tensors) {
+  Recurrence p;
+  set_axes(p, batch);
+  p.compute = kind_of(kind);
+  p.n = entry(sizes, 0), p.d = entry(sizes, 1), p.e = entry(sizes, 2);
+  p.pieces = entry(sizes, 3);
+  p.sums = eps.has_value();
+  p.eps = eps.value_or(0);
+  p.elu = elu;
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    const nb::handle given = tensors[k];
+    if (given.is_none()) continue;
+    const nb::tuple tensor = nb::cast<nb::tuple>(given);
+    p.*HOMES[k] = operand(p, uintptr_t(entry(tensor, 0)), kind, nb::cast<nb::tuple>(tensor[1]),
+                          nb::cast<nb::tuple>(tensor[2]), 2);
+  }
+  return p;
+}
+
+void recur(Recurrence& p, uintptr_t total, uintptr_t kept, uintptr_t sketch, int threads) {
+  p.total = reinterpret_cast<void*>(total), p.kept = reinterpret_cast<void*>(kept);
+  p.sketch = reinterpret_cast<void*>(sketch);
+  const bool back = p.left.data || p.dafter.data;
+  const ChunkKernels& of = *kernels().chunks;
+  if (p.pieces > 1) run(back ? of.sketch_grad : of.sketch, p, threads);
+  run(back ? of.recur_grad : of.recur, p, threads);
 }
 
 double peak_flops(int threads, double seconds) {
@@ -319,12 +361,18 @@ NB_MODULE(_cpu, module) {
         p.chunks = chunks, p.group = group, p.strip = strip, p.by_rows = by_rows;
       });
 
+  nb::class_<Recurrence>(module, "Recurrence")
+      .def_static("of", &recurrence, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+                  nb::arg())
+      .def("state_numbers", [](const Recurrence& p) { return kernels().chunks->state_numbers(p); });
+
   const auto free_of_gil = nb::call_guard<nb::gil_scoped_release>();
   module.def("attend", &attend, free_of_gil);
   module.def("attend_plain", &attend_plain);
   module.def("attend_grad", &attend_grad, free_of_gil);
   module.def("look", [](const Problem& p, int threads) { run(kernels().look, p, threads); },
              free_of_gil);
+  module.def("recur", &recur, free_of_gil);
   module.attr("ROWS") = ROWS;
   module.attr("KEYS") = KEYS;
   module.attr("GRADIENT_STEP") = GRADIENT_STEP;

@@ -54,13 +54,18 @@ struct Looking {
   void *mass = nullptr, *largest = nullptr;      // of cells, [lanes, n / side, m / side], zeros before
 };
 
-struct Problem {
+// Batch and head axes: a lane is one place on all of them.
+struct Batch {
+  int axes = 0;
+  int64_t size[AXES] = {};
+  int64_t lanes = 0;
+};
+
+struct Problem : Batch {
   Kind compute = Kind::f32;
   Score score = Score::dot;
   Norm norm = Norm::softmax;
-  int axes = 0;
-  int64_t size[AXES] = {};
-  int64_t lanes = 0, n = 0, m = 0, d = 0, e = 0;
+  int64_t n = 0, m = 0, d = 0, e = 0;
   double scale = 1, softcap = 0, slope = 0;
   double norm_bias = 0;  // sigmoid: added to logits; row_sum: added to the sum
   bool mean = false;  // relu: divide by the number of visible keys
@@ -98,17 +103,50 @@ struct Problem {
   Looking looking;
 };
 
+// A recurrence in chunks of ROWS tokens (chunk.h). Numbers are of the kind `compute` and rows lie in one
+// piece; a state has e + sums columns.
+struct Recurrence : Batch {
+  Kind compute = Kind::f32;
+  int64_t n = 0, d = 0, e = 0;
+  bool sums = false;  // whether outputs are divided by the same recurrence of ones, and eps
+  double eps = 0;
+  bool elu = false;  // whether queries and keys are given before elu(x) + 1
+  Operand query;              // null where the state alone is wanted
+  Operand key, value, decay;  // decay: [.., n or 1, 1], null without
+  Operand state, after;       // the state before and after all tokens, [.., d, e + sums]
+  Operand output;
+  void* total = nullptr;  // [lanes, n]: what outputs are divided by
+  void* kept = nullptr;   // the state before each chunk, as chunk.h has it, or null
+
+  // Pieces of a lane's chunks that are done side by side; `sketch` has for each half of one what it does to
+  // a state.
+  int64_t pieces = 1;
+  void* sketch = nullptr;
+
+  // Backward: what came in, and what goes out for each lane (data is null where it is not wanted).
+  Operand left, dafter;
+  Operand dquery, dkey, dvalue, ddecay, dstate;
+};
+
 // One build of the kernels: `items` pieces of work, each with `scratch` bytes of its own.
-struct Kernel {
-  int64_t (*items)(const Problem&);
-  size_t (*scratch)(const Problem&);
-  void (*run)(const Problem&, int64_t item, void* scratch);
+template <class P>
+struct KernelOf {
+  int64_t (*items)(const P&);
+  size_t (*scratch)(const P&);
+  void (*run)(const P&, int64_t item, void* scratch);
+};
+using Kernel = KernelOf<Problem>;
+
+struct ChunkKernels {
+  KernelOf<Recurrence> sketch, recur, sketch_grad, recur_grad;
+  int64_t (*state_numbers)(const Recurrence&);  // of a state as chunk.h has it
 };
 
 struct Kernels {
   const char* name;
   bool pairs;  // whether they multiply pairs of bfloat16 numbers
   Kernel attend, attend_grad, look;
+  const ChunkKernels* chunks;
   double (*peak)(int64_t rounds);  // flops done
 };
 

@@ -18,7 +18,7 @@ struct Arena {
   }
 };
 
-static inline int64_t step_to(const Problem& p, const int64_t* axis, int64_t share, int64_t lane) {
+static inline int64_t step_to(const Batch& p, const int64_t* axis, int64_t share, int64_t lane) {
   int64_t offset = 0;
   for (int a = p.axes - 1; a >= 0; --a) {
     const int64_t at = lane % p.size[a];
@@ -30,7 +30,7 @@ static inline int64_t step_to(const Problem& p, const int64_t* axis, int64_t sha
 
 static inline int64_t size_of(Kind kind) { return kind == Kind::f64 ? 8 : kind == Kind::f32 ? 4 : 2; }
 
-static inline const char* row_of(const Problem& p, const Operand& x, int64_t lane, int64_t row) {
+static inline const char* row_of(const Batch& p, const Operand& x, int64_t lane, int64_t row) {
   return x.data + size_of(x.kind) * (step_to(p, x.axis, x.share, lane) + row * x.row);
 }
 
@@ -93,7 +93,7 @@ static inline void write(char* to, Kind kind, const T* from, int64_t count) {
 
 // One number per lane, such as a sink.
 template <class T>
-static inline T number_of(const Problem& p, const Operand& x, int64_t lane) {
+static inline T number_of(const Batch& p, const Operand& x, int64_t lane) {
   T number;
   read(&number, row_of(p, x, lane, 0), x.kind, 1);
   return number;
@@ -111,7 +111,7 @@ struct Tile {
         rows(arena.take<T>(ROWS * padded)),
         columns(arena.take<T>(padded * ROWS)) {}
 
-  void read_rows(const Problem& p, const Operand& x, int64_t lane, int64_t first, int64_t count,
+  void read_rows(const Batch& p, const Operand& x, int64_t lane, int64_t first, int64_t count,
                  double scale = 1) {
     const char* from = row_of(p, x, lane, first);
     const int64_t size = size_of(x.kind);
@@ -152,7 +152,7 @@ struct Tile {
                         GROUP<T>);
   }
 
-  void write_rows(const Problem& p, const Operand& x, int64_t lane, int64_t first, int64_t count) {
+  void write_rows(const Batch& p, const Operand& x, int64_t lane, int64_t first, int64_t count) {
     char* to = const_cast<char*>(row_of(p, x, lane, first));
     const int64_t size = size_of(x.kind);
     for (int64_t c = 0; c < width; c += GROUP<T>)

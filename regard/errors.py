@@ -273,6 +273,17 @@ def check_factor(name: str, shape: Sequence[int], x: Tensor, key_heads: int) -> 
         ) from None
 
 
+def common_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The shape of several that are known to broadcast; torch's own takes as long as a step.
+
+    >>> common_shape([(2, 1), (), (3, 1, 5)])
+    (3, 2, 5)
+    """
+    longest = max(map(len, shapes))
+    whole = [(1,) * (longest - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(next((size for size in axis if size != 1), 1) for axis in zip(*whole, strict=True))
+
+
 def broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
     """`torch.broadcast_shapes` of two shapes, whose 30 us matter where a matrix is small."""
     return tuple(one) if one == other else tuple(torch.broadcast_shapes(one, other))

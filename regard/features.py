@@ -137,7 +137,9 @@ class Features(Score):
     def scaled(self, query: Tensor) -> Tensor:
         """Prepared queries times the scale: n f products instead of n m."""
         scale = self.scale
-        return query * (per_head(scale, query) if isinstance(scale, Tensor) else scale)
+        if isinstance(scale, Tensor):
+            return query * per_head(scale, query)
+        return query if scale == 1 else query * scale
 
     def pair(self, query: Tensor, key: Tensor, i: Tensor, j: Tensor) -> Tensor:
         query = self.scaled(query)

@@ -8,16 +8,18 @@ import torch.nn.functional as F
 
 from regard import Alibi, Causal, Features, Identity, PositionOnly, Rotary, RowSum, attention
 from regard.feature_map import elu_plus_one, identity
-from regard.form import chunks
+from regard.form import chunks, scan
 from regard.form.recurrent import recur
 
 EPS = torch.finfo(torch.float64).eps
 N, D, E = 100, 12, 5
 
 
-@pytest.fixture(params=[1, 16, 64, N], ids=lambda size: f"C={size}")
+@pytest.fixture(params=[1, 16, 64, N, None], ids=lambda size: f"C={size}" if size else "in C++")
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK", request.param)
+    monkeypatch.setattr(chunks, "CHUNK", request.param or 64)
+    if request.param:
+        monkeypatch.setattr(scan, "KERNELS", None)
     monkeypatch.setattr(chunks, "PIECE_NUMBERS", 2000)  # several pieces
 
 

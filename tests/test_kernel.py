@@ -268,7 +268,8 @@ def test_numbers_beyond_2_to_the_31(axis, tmp_path):
         assert torch.equal(attention(query, key) @ value, wanted["output"])
 
 
-def test_a_build_for_an_instruction_set_shares_no_function(tmp_path):
+@pytest.mark.parametrize(("file", "table"), [("isa", "kernels"), ("isa_chunks", "chunk_kernels")])
+def test_a_build_for_an_instruction_set_shares_no_function(file, table, tmp_path):
     """What two builds share may be linked from the one that this machine cannot run.
 
     Without optimization every function that is not always inlined shows.
@@ -277,13 +278,13 @@ def test_a_build_for_an_instruction_set_shares_no_function(tmp_path):
     if not compiler or not nm:
         pytest.skip("no C++ compiler, or no nm")
     flags = ["-std=c++20", "-O0", "-fno-exceptions", "-fno-rtti", "-Wno-psabi", "-DREGARD_ISA=base"]
-    source = ROOT / "csrc" / "isa.cpp"
+    source = ROOT / "csrc" / f"{file}.cpp"
     subprocess.run([compiler, *flags, "-c", source, "-o", tmp_path / "isa.o"], check=True)
     listed = subprocess.run([nm, "-C", tmp_path / "isa.o"], check=True, capture_output=True)
     symbols = [line[17:] for line in listed.stdout.decode().splitlines()]
     shared = [s for s in symbols if re.match("[WwVvuTDBR] ", s) and "regard::base::" not in s]
     assert not shared
-    assert "D regard::base::kernels" in symbols or "R regard::base::kernels" in symbols
+    assert {f"{kind} regard::base::{table}" for kind in "DR"} & set(symbols)
 
 
 def test_without_the_extension_attention_runs_in_pytorch_and_says_so_once():

@@ -29,8 +29,9 @@ from regard import (
     attention,
 )
 from regard.feature_map import Affine, Hedgehog, identity, unit
-from regard.form import chunks, recurrent
+from regard.form import chunks, recurrent, scan
 from regard.form.recurrent import recur
+from regard.kernel import extension
 
 EPS = torch.finfo(torch.float64).eps
 SCORES = [name for name in laws.SCORES if name.startswith("features")]
@@ -42,8 +43,10 @@ HELD = [*OWN, "causal", "causal, few see", "padding"]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
+    """In PyTorch; the kernels' chunks are what they are."""
     monkeypatch.setattr(chunks, "CHUNK", 4)
     monkeypatch.setattr(chunks, "PIECE_NUMBERS", 64)
+    monkeypatch.setattr(scan, "KERNELS", None)
 
 
 def assert_rounding(got, wanted, factor):
@@ -71,7 +74,12 @@ def cancellation(matrix):
     return float((size / total.abs()).max().clamp(min=1)) if size.numel() else 1.0
 
 
-@pytest.mark.parametrize("chunk", [3, 4])
+def set_chunk(size):
+    """None: the kernels run, where they can; the fixture sets all back."""
+    chunks.CHUNK, scan.KERNELS = size or 64, None if size else extension.load()
+
+
+@pytest.mark.parametrize("chunk", [3, 4, None], ids=["3", "4", "in C++"])
 @pytest.mark.parametrize("score", SCORES)
 @given(
     mask=st.sampled_from(HELD),
@@ -82,7 +90,7 @@ def cancellation(matrix):
 )
 @settings(max_examples=8)
 def test_form_equals_dense(score, chunk, mask, position, normalizer, sizes, seed):
-    chunks.CHUNK = chunk  # the fixture sets it back
+    set_chunk(chunk)
     matrix, value = Case(score, position, mask, normalizer, sizes, seed).build(torch.float64)
     if matrix.score.recurs and mask not in OWN:
         mask = OWN[seed % len(OWN)]
@@ -121,11 +129,11 @@ SHARED = {
 """Key heads, and tensors that have batch entries and heads which queries or keys lack."""
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 16])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 16, None])
 @pytest.mark.parametrize("name", SHARED)
 def test_every_part_may_have_lanes_of_its_own(name, chunk):
     """Heads, key heads and batch entries of decays and erasing broadcast with those of the keys."""
-    chunks.CHUNK = chunk  # the fixture sets it back
+    set_chunk(chunk)
     key_heads, parts = SHARED[name]
     batch = max(x.shape[0] if x.dim() > 3 else 1 for x in Features(unit, **parts).tensors())
     query = random(batch, 4, 9, 6).requires_grad_()
@@ -152,14 +160,15 @@ class Quotient:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("normalizer", ["row sum", "identity"])
+@pytest.mark.parametrize("chunk", [16, None], ids=["in PyTorch", "in C++"])
 @pytest.mark.parametrize("score", SCORES)
-def test_low_precision_error_is_at_most_twice_that_of_dense(score, normalizer, dtype):
+def test_low_precision_error_is_at_most_twice_that_of_dense(score, chunk, normalizer, dtype):
     """Against float64 dense, pooled over seeds, as in tests/test_laws.py.
 
     Under RowSum dense is a quotient here, as the recurrence is, and four times the error of rows
     that divide by their own sum is allowed: twice for the quotient, and twice for the recurrence.
     """
-    chunks.CHUNK = 16  # smaller than any that is used for as many tokens
+    set_chunk(chunk)  # 16 is smaller than any that is used for as many tokens
     squares, allowed, whole = (defaultdict(float) for _ in range(3))
     for seed in (1, 4):
         sizes = Sizes(batch=1, heads=2, key_heads=1, n=33, m=33, width=8, value_width=8)
@@ -281,7 +290,9 @@ def test_documents_begin_anew():
     torch.testing.assert_close(A @ V, torch.cat(apart, -2), rtol=1e-12, atol=1e-12)
 
 
-def test_it_differentiates_twice_and_under_inference_mode():
+@pytest.mark.parametrize("chunk", [4, None], ids=["in PyTorch", "in C++"])
+def test_it_differentiates_twice_and_under_inference_mode(chunk):
+    set_chunk(chunk)
     tensors = [x[:1, :1, :5, :2].clone().requires_grad_() for x in (Q, K, V)]
 
     def product(q, k, v):
@@ -331,11 +342,13 @@ def test_heads_with_biases_of_their_own_may_share_keys_and_a_weight():
     torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("chunk", [4, None], ids=["in PyTorch", "in C++"])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("place", ["key", "value", "query"])
 @pytest.mark.parametrize("hidden", [True, False])
-def test_a_state_keeps_nan_from_rows_that_do_not_see_it(hidden, place, key_heads):
+def test_a_state_keeps_nan_from_rows_that_do_not_see_it(hidden, place, key_heads, chunk):
     """NaN in token 13 reaches the rows after it; in a padded one nobody, nor the state."""
+    set_chunk(chunk)
     inputs = {"query": Q, "key": K[:, :key_heads], "value": V[:, :key_heads]}
     inputs = {name: x.clone() for name, x in inputs.items()}
     inputs[place][1, 0, 13, 2] = torch.nan

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard import Causal, Features, Identity, RowSum, attention
-from regard.form import recurrent
+from regard.form import recurrent, scan
 
 FEATURES = {
     "plain": Features(),
@@ -21,6 +21,12 @@ FEATURES = {
 }
 
 
+@pytest.fixture
+def in_pytorch(monkeypatch):
+    monkeypatch.setattr(scan, "KERNELS", None)
+
+
+@pytest.mark.usefixtures("in_pytorch")
 @pytest.mark.parametrize("normalizer", [RowSum(), Identity()])
 @pytest.mark.parametrize("name", [name for name in FEATURES if not name.startswith("channels")])
 @pytest.mark.parametrize("offset", [None, 0, 1024])
@@ -38,6 +44,7 @@ def test_flops_are_those_that_torch_counts(name, offset, normalizer):
     assert recurrent.flops(A, 16) == counter.get_total_flops() + solved
 
 
+@pytest.mark.usefixtures("in_pytorch")
 @pytest.mark.parametrize("name", FEATURES)
 def test_memory_is_about_what_torch_allocates(name):
     A = attention(*torch.randn(2, 1, 2048, 16), score=FEATURES[name], mask=Causal())

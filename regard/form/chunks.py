@@ -22,12 +22,14 @@ after      Sun et al. 2023 (RetNet), arXiv:2307.08621, eq. 7; Yang et al. 2024, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from regard.errors import common_shape
 from regard.features import after
 from regard.form import chunks_gpu
 
@@ -55,22 +57,27 @@ class Tokens(NamedTuple):
     def lanes(self) -> tuple[int, ...]:
         """The lanes of the state."""
         given = (self.key, self.value, self.log_decay, self.read, self.write)
-        return broadcast([x.shape[:-2] for x in given if x is not None])
+        return common_shape([x.shape[:-2] for x in given if x is not None])
 
-    def start(self) -> Tensor:
-        """The state before any token, [*lanes, d, e]."""
-        return self.value.new_zeros(*self.lanes(), self.key.shape[-1], self.value.shape[-1])
+    def start(self, sums: bool = False) -> Tensor:
+        """The state before any token, [*lanes, d, e + sums]."""
+        return self.value.new_zeros(*self.lanes(), self.key.shape[-1], self.value.shape[-1] + sums)
 
+    def part(self, which: slice) -> Tokens:
+        """Some tokens; what all share stays."""
+        whole = self.key.shape[-2]
+        return self._each(lambda x: x[..., which, :] if x.shape[-2] == whole else x)
 
-def broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The shape of several that are known to broadcast; torch's own takes as long as a step.
+    def lengthened(self, tokens: int) -> Tokens:
+        """The first tokens, or all and more of zeros; what all share stays."""
+        keys = self.key.shape[-2]
+        if tokens == keys:  # padding by nothing copies
+            return self
+        pads = (0, 0, 0, tokens - keys)
+        return self._each(lambda x: F.pad(x, pads) if x.shape[-2] == keys else x)
 
-    >>> broadcast([(2, 1), (), (3, 1, 5)])
-    (3, 2, 5)
-    """
-    longest = max(map(len, shapes))
-    whole = [(1,) * (longest - len(shape)) + tuple(shape) for shape in shapes]
-    return tuple(next((size for size in axis if size != 1), 1) for axis in zip(*whole, strict=True))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        return Tokens(*(x if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
 
 def scan(tokens: Tokens, state: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -110,7 +117,7 @@ def _pieces(tokens: Tokens, chunk: int) -> Iterator[tuple[Tokens, int]]:
     """Pieces of whole chunks, and what is left as a smaller chunk."""
     n = tokens.key.shape[-2]
     of_query = () if tokens.query is None else tokens.query.shape[:-2]
-    lanes = math.prod(broadcast([tokens.lanes(), of_query]))
+    lanes = math.prod(common_shape([tokens.lanes(), of_query]))
     wide = tokens.log_decay is not None and tokens.log_decay.shape[-1] > 1
     numbers = chunk + (tokens.key.shape[-1] if wide else 0)
     length = max(PIECE_NUMBERS // max(lanes * numbers, 1) // chunk, 1) * chunk
@@ -181,7 +188,7 @@ def _cut(x: Tensor | None, chunk: int) -> Tensor | None:
 
 
 def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
-    shape = broadcast([one.shape[:-1], other.shape[:-1]])
+    shape = common_shape([one.shape[:-1], other.shape[:-1]])
     return torch.cat([x.expand(*shape, x.shape[-1]) for x in (one, other)], -1)
 
 
@@ -225,7 +232,7 @@ def _decays(decay: Tensor | None, chunk: int) -> tuple[Any, ...]:
 
 def _in_lanes(x: Tensor, *others: Tensor) -> Tensor:
     """x, expanded so that its own axes hold every lane: halves are then alike in all of them."""
-    return x.expand(*broadcast([each.shape[:-2] for each in (x, *others)]), *x.shape[-2:])
+    return x.expand(*common_shape([each.shape[:-2] for each in (x, *others)]), *x.shape[-2:])
 
 
 def _log_kept(decay: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ after      Katharopoulos et al. 2020, arXiv:2006.16236, eqs. 4 to 12
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,13 @@ from torch import Tensor
 from regard import errors
 from regard.dropout import Dropout
 from regard.features import Features
-from regard.form import chunks, chunks_gpu, fused
+from regard.form import chunks, chunks_gpu, fused, scan
 from regard.form.chunks import Tokens
 from regard.form.groups import Groups
 from regard.form.past import Past, past
 from regard.form.tiles import compute_dtype
+from regard.kernel import cpu, recurrence
+from regard.kernel.recurrence import How
 from regard.normalizer import Identity, Normalizer, RowSum, Softmax
 from regard.opaque import opaque
 from regard.position.base import Position, terms
@@ -155,6 +156,11 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     d, lanes = _features(matrix), math.prod(matrix.shape[:-2])
     if not _causal(matrix):
         return "one state of all keys, in PyTorch", lanes * d * d * size, 1
+    reason = scan.needs_of(matrix)
+    if reason is None:
+        how = f"a state and chunks of tokens, in C++ for {cpu.instruction_set()}"
+        e = matrix.key.shape[-1]
+        return how, lanes * recurrence.state_bytes(matrix.shape[-1], d, e, size), chunks.CHUNK
     erases = isinstance(score, Features) and score.erases
     by_channel = isinstance(score, Features) and score.by_channel
     on_gpu = chunks_gpu.kernel(matrix.query.device, matrix.shape[-1], erases, by_channel)
@@ -163,8 +169,9 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     numbers = chunks.CHUNK + by_channel * d
     tokens = min(matrix.shape[-1], max(chunks.PIECE_NUMBERS // max(lanes * numbers, 1), 1))
     # Counted with torch's profiler, for widths of 16 and 64 (tests/test_recurrent_costs.py).
-    held = 3 * chunks.CHUNK + (6 + 15 * erases + 6 * by_channel) * d
-    how = f"a state and chunks of tokens, in PyTorch{on_gpu.said}, backward recomputes"
+    held = (5 * chunks.CHUNK + (9 + 18 * erases + 10 * by_channel) * d) // 2
+    why = on_gpu.said or f" ({reason})"
+    how = f"a state and chunks of tokens, in PyTorch{why}, backward recomputes"
     return how, lanes * tokens * held * size, chunks.CHUNK
 
 
@@ -278,27 +285,20 @@ def _run(matrix: Attention, value: Tensor, state: Tensor | None) -> tuple[Tensor
     batch = _output_batch(matrix, value)
     groups = Groups.of(matrix, batch)
     with torch.autocast(value.device.type, enabled=False):
-        tokens = _tokens(matrix.rule, matrix.query, matrix.key, value, groups)
+        how = scan.how(matrix.rule, matrix.shape, found)
+        tokens = _tokens(matrix.rule, matrix.query, matrix.key, value, groups, mapped=not how.elu)
         if found.keep is not None:
             hidden = groups.split(~found.keep[..., None])
             tokens = tokens._replace(key=tokens.key.masked_fill(hidden, 0))
         if found.offset is None:
+            tokens = tokens if how.eps is None else scan.with_ones(tokens)
             assert tokens.query is not None
             after = tokens.key.mT @ tokens.value
             output = tokens.query @ after
+            output = output if how.eps is None else scan.divided(output, how.eps)
         else:
-            output, after = _since_start(tokens, found, groups, state)
-        output = _divided(output, matrix.normalizer)
+            output, after = _since_start(tokens, found, groups, state, how)
     return groups.join(output, batch).to(value.dtype), groups.join(after, None)
-
-
-def _divided(output: Tensor, normalizer: Normalizer) -> Tensor:
-    """The last column, sums of scores, divides the others, unless scores are weights."""
-    if isinstance(normalizer, Identity):
-        return output
-    total = output[..., -1:] + getattr(normalizer, "eps", 0.0)
-    empty = total == 0
-    return torch.where(empty, 0, output[..., :-1] / torch.where(empty, 1, total))
 
 
 def step(
@@ -309,10 +309,11 @@ def step(
     groups = Groups(shared, heads // shared) if shared > 1 else Groups(heads, 1)
     with torch.autocast(value.device.type, enabled=False):
         tokens = _tokens(rule, query, key, value, groups)
-        output, after = chunks.step(tokens, _begun(tokens, state, groups))
+        how = How(scan.eps(rule.normalizer))
+        begun = _begun(tokens, state, groups, sums=how.eps is not None)
+        output, after = scan.in_pytorch(tokens, begun, how)
     assert output is not None
-    output = _divided(output, rule.normalizer)
-    batch = (*chunks.broadcast([query.shape[:-3], output.shape[:-4]]), heads)
+    batch = (*errors.common_shape([query.shape[:-3], output.shape[:-4]]), heads)
     return groups.join(output, batch).to(value.dtype), groups.join(after, None)
 
 
@@ -321,22 +322,23 @@ def _output_batch(matrix: Attention, value: Tensor) -> tuple[int, ...]:
     batch, axes = matrix.shape[:-2], list(value.shape[:-2])
     if axes and batch:
         axes[-1] = max(axes[-1], batch[-1])
-    return chunks.broadcast([axes, batch])
+    return errors.common_shape([axes, batch])
 
 
-def _tokens(rule: Rule, query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tokens:
-    """What the recurrence reads, in float32 at least; a last column of ones where sums count."""
+def _tokens(
+    rule: Rule, query: Tensor, key: Tensor, value: Tensor, groups: Groups, *, mapped: bool = True
+) -> Tokens:
+    """What the recurrence reads, in float32 at least; not `mapped`, before the score's map."""
     dtype = compute_dtype(query.dtype)
     value = groups.split(value.to(dtype))
-    if not isinstance(rule.normalizer, Identity):
-        value = F.pad(value, (0, 1), value=1.0)
     score, position = rule.score, rule.position
     if isinstance(position, Alibi) and isinstance(score, PositionOnly):
         one, other = (value.new_ones(1, 1, x.shape[-2], 1) for x in (query, key))
         slopes = groups.split(position.slopes.to(dtype)[..., None, None])
         return Tokens(one, other, value, -slopes)
     assert isinstance(score, Features)
-    query, key = (x.to(dtype) for x in rule.operands(query, key))
+    pair = rule.operands(query, key) if mapped else (query, key)
+    query, key = (x.to(dtype) for x in pair)
     query, key = groups.split(score.scaled(query)), groups.split(key)
     decay, beta = (groups.split_if_tensor(x) for x in (score.log_decay, score.beta))
     erase: Any = score.erase and tuple(map(groups.split, score.erase))
@@ -346,46 +348,32 @@ def _tokens(rule: Rule, query: Tensor, key: Tensor, value: Tensor, groups: Group
 
 
 def _since_start(
-    tokens: Tokens, found: Past, groups: Groups, given: Tensor | None
+    tokens: Tokens, found: Past, groups: Groups, given: Tensor | None, how: How
 ) -> tuple[Tensor, Tensor]:
     """Outputs of all rows, and the state after the last one's token."""
     query, offset = tokens.query, found.offset
     assert query is not None
     assert offset is not None
-    n, keys = query.shape[-2], tokens.key.shape[-2]
+    n = query.shape[-2]
     before, early, last = max(offset, 0), min(max(-offset, 0), n), max(n + offset, 0)
-    lined = _each(tokens._replace(query=None), lambda x: _lengthened(x, last, keys))
+    lined = tokens._replace(query=None).lengthened(last)
     if found.begins is not None:
         begins = F.pad(found.begins[..., early:], (before, 0))[..., None]
         decay = query.new_zeros(1, 1) if lined.log_decay is None else lined.log_decay
         decay = torch.where(groups.split(begins), -torch.inf, decay)
         lined = lined._replace(log_decay=decay)
-    state = _begun(lined, given, groups)
+    state = _begun(lined, given, groups, sums=how.eps is not None)
     if before:
-        _, state = chunks.scan(_part(lined, slice(0, before)), state)
-    rest = _part(lined, slice(before, last))._replace(query=query[..., early:, :])
-    output, state = chunks.scan(rest, state)
+        _, state = scan.scan(lined.part(slice(0, before)), state, how)
+    rest = lined.part(slice(before, last))._replace(query=query[..., early:, :])
+    output, state = scan.scan(rest, state, how)
     assert output is not None
-    return F.pad(output, (0, 0, early, 0)), state
+    return F.pad(output, (0, 0, early, 0)) if early else output, state
 
 
-def _lengthened(x: Tensor, tokens: int, keys: int) -> Tensor:
-    """The first tokens, or all and more of zeros; what all tokens share stays."""
-    return F.pad(x, (0, 0, 0, tokens - keys)) if x.shape[-2] == keys else x
-
-
-def _each(tokens: Tokens, change: Callable[[Tensor], Tensor]) -> Tokens:
-    return Tokens(*(x if x is None else change(x) for x in tokens))  # type: ignore[arg-type]
-
-
-def _part(tokens: Tokens, which: slice) -> Tokens:
-    whole = tokens.key.shape[-2]
-    return _each(tokens, lambda x: x[..., which, :] if x.shape[-2] == whole else x)
-
-
-def _begun(tokens: Tokens, state: Tensor | None, groups: Groups) -> Tensor:
+def _begun(tokens: Tokens, state: Tensor | None, groups: Groups, *, sums: bool) -> Tensor:
     """The state before these tokens: the given one if it fits, or an empty one."""
-    start = tokens.start()
+    start = tokens.start(sums)
     if state is None:
         return start
     errors.check_tensor("state", state, shape="[*batch, heads, d, e]")

@@ -1,0 +1,315 @@
+"""The kernels of recurrences: the numbers of PyTorch's chunks, which test_recurrent.py compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_kernel import run
+
+from regard import Causal, Documents, Features, Identity, RowSum, attention, recur
+from regard.feature_map import identity
+from regard.form import scan
+from regard.form.chunks import Tokens
+from regard.kernel import extension, recurrence
+from regard.kernel.recurrence import How
+
+CPU = extension.load()
+pytestmark = pytest.mark.skipif(CPU is None, reason="the compiled kernels are not installed")
+ISAS = [] if CPU is None else CPU.isas()
+EPS = torch.finfo(torch.float64).eps
+INF = torch.inf
+WEIGHTS = How(None)
+NAMES = ("query", "key", "value", "log_decay", "state")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_again():
+    yield
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recurrence of random tokens; lanes of queries, of keys, and of decays."""
+
+    n: int
+    d: int = 4
+    e: int = 3
+    decay: str = "none"
+    how: How = WEIGHTS
+    lanes: tuple[tuple[int, ...], ...] = ((2,), (2,), (2,))
+
+    def draw(self) -> list[torch.Tensor | None]:
+        """Query, key, value, decay and state, in float64."""
+        draw = torch.Generator().manual_seed(self.n + self.d)
+        queries, keys, decays = self.lanes
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+        # Positive features, so that sums that divide are far from 0.
+        query, key = normal(*queries, self.n, self.d).abs(), normal(*keys, self.n, self.d).abs()
+        value, each = normal(*keys, self.n, self.e), -normal(*decays, self.n, 1).abs()
+        decay = {
+            "none": None,
+            "head": each[..., :1, :] / 9,
+            "token": each / 9,
+            "strong": torch.where(each < -1, -1e4, each / 9),
+            "forgets": torch.where(each < -1.5, -INF, torch.where(each > -0.5, 0.0, each)),
+        }[self.decay]
+        batch = keys if decay is None else torch.broadcast_shapes(keys, decays)
+        state = normal(*batch, self.d, self.e + (self.how.eps is not None)).abs()
+        return [query, key, value, decay, state]
+
+
+def results(case: Case, function, given=None) -> dict[str, torch.Tensor]:
+    """Output, state and all gradients of a sum that weighs each number of both."""
+    given = case.draw() if given is None else given
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in given]
+    *tokens, state = leaves
+    output, after = function(Tokens(*tokens), state, case.how)
+    draw = torch.Generator().manual_seed(0)
+    above = [torch.randn(x.shape, generator=draw, dtype=x.dtype) for x in (output, after)]
+    learned = {name: x for name, x in zip(NAMES, leaves, strict=True) if x is not None}
+    found = torch.autograd.grad((output, after), list(learned.values()), above)
+    return {"output": output, "after": after, **dict(zip(learned, found, strict=True))}
+
+
+def assert_same(case: Case, given=None) -> None:
+    """To rounding: sums of n tokens and d channels, relative to the largest number of a tensor."""
+    got, wanted = (results(case, f, given) for f in (scan.scan, scan.in_pytorch))
+    for name, reference in wanted.items():
+        assert got[name].shape == reference.shape
+        assert torch.isfinite(got[name]).all(), name
+        bound = (
+            4 * (case.n + case.d + case.e) * EPS * max(1.0, float(reference.detach().abs().max()))
+        )
+        assert float((got[name] - reference).detach().abs().max()) <= bound, name
+
+
+HOWS = {"weights": WEIGHTS, "sums": How(0.0), "elu, eps": How(1e-6, elu=True)}
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+@pytest.mark.parametrize("decay", ["none", "head", "token", "strong", "forgets"])
+@pytest.mark.parametrize("n", [2, 63, 64, 65, 127, 200, 600])
+def test_lengths_and_decays(n, decay, how):
+    assert_same(Case(n, decay=decay, how=how))
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+@pytest.mark.parametrize("decay", ["none", "token"])
+@pytest.mark.parametrize(
+    ("d", "e"), [(1, 1), (1, 17), (3, 16), (16, 3), (17, 80), (64, 64), (80, 1), (128, 128)]
+)
+def test_widths(d, e, decay, how):
+    assert_same(Case(130, d, e, decay, how))
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa, how):
+    with extension.instruction_set(isa):
+        for decay in ("none", "head", "forgets"):
+            assert_same(Case(150, 20, 17, decay, how))
+
+
+LANES = {
+    "no axes": ((), (), ()),
+    "heads share keys": ((2, 2, 3), (2, 2, 1), (2, 2, 1)),
+    "heads have decays": ((2, 2, 3), (2, 2, 1), (3,)),
+    "a batch shares decays": ((3, 1, 2), (1, 1, 2), (1, 1, 1)),
+    "queries of one": ((1,), (4,), (4,)),
+    "six axes": ((1, 2, 1, 1, 2, 1), (2, 1, 1, 1, 1), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+@pytest.mark.parametrize("lanes", LANES.values(), ids=LANES)
+def test_lanes_broadcast(lanes, how, threads, monkeypatch):
+    monkeypatch.setattr(recurrence, "PIECE_CHUNKS", 1)
+    torch.set_num_threads(threads)
+    for decay in ("none", "head", "token"):
+        assert_same(Case(200, decay=decay, how=how, lanes=lanes))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("decay", ["none", "head", "token", "forgets"])
+@pytest.mark.parametrize("n", [200, 1000])
+def test_threads_may_change_rounding_and_nothing_else(n, decay, threads, monkeypatch):
+    """A lane is cut into pieces; at one number of threads the same bits come out every time."""
+    monkeypatch.setattr(recurrence, "PIECE_CHUNKS", 1)
+    torch.set_num_threads(threads)
+    case = Case(n, 17, 6, decay, How(1e-6), lanes=((1,), (1,), (1,)))
+    assert_same(case)
+    first, again = (results(case, scan.scan) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+LAYOUTS = {
+    "heads inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns": lambda x: x.mT.contiguous().mT,
+    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
+    "every second row": lambda x: torch.stack([x, x], -2)[..., 0, :],
+    "odd address": lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),
+    "one lane": lambda x: x[:1].expand(x.shape),
+    "one row": lambda x: x[..., :1, :].expand(x.shape),
+    "negative": lambda x: torch.complex(x, -x).conj().imag,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(layout):
+    case = Case(70, 8, 6, "token", How(1e-6))
+    given = [layout(x) for x in case.draw()]
+    with torch.no_grad():
+        tokens = Tokens(*given[:-1])
+        one, other = (f(tokens, given[-1], case.how) for f in (scan.scan, scan.in_pytorch))
+    for got, wanted in zip(one, other, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    outputs = []
+    for function in (scan.scan, scan.in_pytorch):
+        leaves = [x.detach().clone().requires_grad_() for x in case.draw()]
+        output, after = function(Tokens(*leaves[:-1]), leaves[-1], case.how)
+        above = [layout(torch.ones_like(x) * torch.arange(x.shape[-1])) for x in (output, after)]
+        outputs.append(torch.autograd.grad((output, after), leaves, above))
+    for got, wanted in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_one_gradient_alone(wanted):
+    case, found = Case(130, 5, 7, "token", How(1e-6)), []
+    for function in (scan.scan, scan.in_pytorch):
+        given = dict(zip(NAMES, case.draw(), strict=True))
+        leaf = given[wanted] = given[wanted].requires_grad_()
+        *tokens, state = given.values()
+        output, after = function(Tokens(*tokens), state, case.how)
+        for one in (output, after):
+            if one.requires_grad:
+                found.append(torch.autograd.grad(one.sum(), leaf, retain_graph=True)[0])
+    half = len(found) // 2
+    for got, reference in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-11, atol=1e-11)
+
+
+def test_a_state_alone_has_no_queries():
+    case = Case(150, 5, 7, "token", How(1e-6))
+    found = []
+    for function in (scan.scan, scan.in_pytorch):
+        _, key, value, decay, state = (x.requires_grad_() for x in case.draw())
+        output, after = function(Tokens(None, key, value, decay), state, case.how)
+        assert output is None
+        found.append(
+            (after, *torch.autograd.grad(after.square().sum(), (key, value, decay, state)))
+        )
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+def test_it_differentiates_twice(how):
+    case = Case(5, 2, 2, "token", how)
+    leaves = [x.requires_grad_() for x in case.draw()]
+
+    def function(*given):
+        return scan.scan(Tokens(*given[:-1]), given[-1], how)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_rows_whose_sum_is_zero_are_zero():
+    """And so are their gradients."""
+    case = Case(70, 4, 3, "none", How(0.0))
+    given = case.draw()
+    given[0][:, 10:20] = 0
+    assert_same(case, given)
+    assert (results(case, scan.scan, given)["output"][:, 10:20] == 0).all()
+
+
+def test_what_is_forgotten_or_hidden_may_overflow():
+    """Keys after a query, and those before -inf, do not matter however large they are."""
+    query, key, value, decay, state = Case(64, 2, 2, "token").draw()
+    query[:, 30:40] = query[:, 50:] = key[:, 40:50] = 1e200
+    decay[:, 50] = -INF
+    clean = key.clone()
+    clean[:, 40:50] = 0
+    one, _ = scan.scan(Tokens(query, key, value, decay), state, WEIGHTS)
+    other, _ = scan.scan(Tokens(query, clean, value, decay), state, WEIGHTS)
+    assert one.isfinite().all()
+    assert torch.equal(one[:, :40], other[:, :40])
+    assert torch.equal(one[:, 50:], other[:, 50:])
+
+
+def test_documents_and_states_end_to_end():
+    draw = torch.Generator().manual_seed(3)
+    query, key, value = torch.randn(3, 2, 200, 8, generator=draw, dtype=torch.float64)
+    ids = torch.arange(4).repeat_interleave(torch.tensor([70, 1, 64, 65]))
+    parts = {"score": Features(), "normalizer": RowSum()}
+    packed = attention(query, key, mask=Causal() & Documents(ids), **parts)
+    assert " in C++ for " in packed.explain(value).kernel
+    torch.testing.assert_close(packed @ value, packed.matmul(value, form="dense"))
+    whole, end = recur(attention(query, key, mask=Causal(), **parts), value)
+    state, outputs = None, []
+    for q, k, v in zip(*(x.split([90, 1, 109], -2) for x in (query, key, value)), strict=True):
+        output, state = recur(attention(q, k, mask=Causal(), **parts), v, state)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, -2), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, end, rtol=1e-12, atol=1e-12)
+
+
+class Own(torch.Tensor):
+    """A class of its own, which addresses would not see."""
+
+
+def test_what_the_kernels_do_not_do_runs_in_pytorch_and_is_said():
+    query, key, value = torch.randn(3, 2, 70, 4).unbind(0)
+    channels, erasing = Features(log_decay=-torch.rand(2, 70, 4)), Features(identity, beta=0.1)
+    for score, reason in ((channels, scan.BY_CHANNEL), (erasing, scan.ERASING)):
+        A = attention(query, key, score=score, mask=Causal(), normalizer=Identity())
+        assert f"in PyTorch ({reason})" in A.explain(value).kernel
+    given = Tokens(query, key, value)
+    assert scan.needs(given) is None
+    assert scan.needs(given._replace(key=key.as_subclass(Own))) is not None
+    assert scan.needs(given._replace(key=key.bfloat16())) is not None
+    state = torch.zeros(2, 4, 4)
+
+    def loss(query):
+        return scan.scan(Tokens(query, key, value), state, WEIGHTS)[0].square().sum()
+
+    _, slope = torch.func.jvp(loss, (query,), (torch.ones_like(query),))  # has no kernels
+    leaf = query.clone().requires_grad_()
+    torch.testing.assert_close(slope, torch.autograd.grad(loss(leaf), leaf)[0].sum())
+
+
+def test_without_the_extension_it_runs_in_pytorch_and_says_so():
+    code = """
+import sys
+sys.modules['regard.kernel._cpu'] = None  # as if it were not installed
+import torch, regard
+from regard import Causal, Features, RowSum
+x = torch.randn(300, 4)
+A = regard.attention(x, x, score=Features(), mask=Causal(), normalizer=RowSum())
+print('in PyTorch (no compiled kernels)' in A.explain(x).kernel)
+print(torch.allclose(A @ x, A.matmul(x, form='dense'), atol=1e-5))
+"""
+    assert run(code).split()[-2:] == ["True", "True"]
+
+
+def test_states_for_the_backward_pass_are_what_explain_counts():
+    query, key, value = torch.randn(3, 2, 1000, 48).unbind(0)
+    A = attention(query.requires_grad_(), key, score=Features(), mask=Causal(), normalizer=RowSum())
+    kept = []
+
+    def pack(x):
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        A.matmul(value, form="recurrent")
+    states = max(x.numel() for x in kept if x.dim() == 1) * 4
+    assert states == A.explain(value).memory
