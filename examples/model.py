@@ -118,10 +118,11 @@ class Transformer(nn.Module):
         return [block.attention.state() for block in self.blocks]
 
 
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats of what is asked."""
+def loss(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy in nats of what is asked, of which a share is spread over all answers."""
     tokens, targets = batch
-    return F.cross_entropy(model(tokens).flatten(0, -2), targets.flatten())
+    logits = model(tokens).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing)
 
 
 @torch.no_grad()
@@ -167,16 +168,22 @@ def train(
     steps: int,
     rate: float | Rates,
     after: Callable[[int], None] | None = None,
+    *,
+    smoothing: float = 0.0,
+    decay: float = 0.01,
 ) -> None:
     """AdamW; the rate rises over a tenth of the steps and falls to 0 as a cosine.
 
+    smoothing, decay: of the labels, and of weights
     after: called with the number of updates done, after each
     """
     if isinstance(rate, Rates):
         groups, rate = rate.groups(model), rate.weights
     else:
         groups = [{"params": list(model.parameters())}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True
+    )
     rise = max(steps // 10, 1)
 
     def share(step: int) -> float:
@@ -187,7 +194,7 @@ def train(
     model.train()
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        loss(model, draw()).backward()
+        loss(model, draw(), smoothing).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -76,7 +76,7 @@ class Sequences:
         )
         return (pad(words, batch_first=True), torch.tensor([len(x) for x in words])), said
 
-    def batches(self, generator: torch.Generator) -> Callable[[], Batch]:
+    def batches(self, generator: torch.Generator, size: int = BATCH) -> Callable[[], Batch]:
         """Batches of sequences of about one length, again and again, in random order."""
         waiting: list[list[int]] = []
 
@@ -85,22 +85,19 @@ class Sequences:
                 # Lengths are only about sorted, so that batches differ from time to time.
                 noise = torch.rand(len(self.words), generator=generator) * 4
                 lengths = torch.tensor([len(x) for x in self.words]) + noise
-                waiting.extend(lengths.argsort().tolist()[k : k + BATCH] for k in self._starts())
+                waiting.extend(x.tolist() for x in lengths.argsort().split(size))
                 order = torch.randperm(len(waiting), generator=generator).tolist()
                 waiting[:] = [waiting[k] for k in order]
             return self.batch(waiting.pop())
 
         return draw
 
-    def _starts(self) -> range:
-        return range(0, len(self.words), BATCH)
-
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
         """What the likeliest answer is right about, in %."""
         order = sorted(range(len(self.words)), key=lambda k: len(self.words[k]))
         right, asked = 0, 0
-        for start in self._starts():
+        for start in range(0, len(order), BATCH):
             words, targets = self.batch(order[start : start + BATCH])
             right += int((model(words).argmax(-1) == targets).sum())
             asked += int((targets >= 0).sum())

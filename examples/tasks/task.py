@@ -36,7 +36,14 @@ class Job:
         return tqdm(total=total, desc=f"{self.name}, seed {self.seed}", leave=False, position=1)
 
     def train(
-        self, model: nn.Module, draw: Callable[[], Batch], steps: int, rate: float | Rates
+        self,
+        model: nn.Module,
+        draw: Callable[[], Batch],
+        steps: int,
+        rate: float | Rates,
+        *,
+        smoothing: float = 0.0,
+        decay: float = 0.01,
     ) -> None:
         """`examples.model.train` with a progress bar; two steps if quick."""
         steps = 2 if self.quick else steps
@@ -46,7 +53,7 @@ class Job:
                 bar.update()
                 return draw()
 
-            train(model, counted, steps, rate)
+            train(model, counted, steps, rate, smoothing=smoothing, decay=decay)
 
     def save(self, model: nn.Module) -> None:
         """Keep the parameters as `name`-`seed`.safetensors, beside the results."""
