@@ -291,6 +291,37 @@ def test_what_is_forgotten_or_hidden_may_overflow():
     assert torch.equal(one[:, 50:], other[:, 50:])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forgotten_state_may_overflow(threads, monkeypatch):
+    """As may its products with queries after -inf, forwards and backwards."""
+    monkeypatch.setattr(recurrence, "PIECE_CHUNKS", 1)
+    torch.set_num_threads(threads)
+    query, key, value, decay, state = Case(400, 3, 2, "token", lanes=((1,), (1,), (1,))).draw()
+    key[:, :70] = value[:, :70] = 1e200  # a state of infinity, and then large ones
+    key[:, 70:110] = query[:, 110:] = 1e160
+    decay[:, [70, 110]] = -INF
+    found = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, decay)]
+        output, after = scan.scan(Tokens(*leaves), state, WEIGHTS)
+        gradients = torch.autograd.grad(output[:, 110:].sum() + after.sum(), leaves[:3])
+        found.append([output[:, 110:], after, *(x[:, 110:] for x in gradients), gradients[2]])
+        key[:, :110] = value[:, :70] = 0
+    for got, wanted in zip(*found, strict=True):
+        assert got.isfinite().all()
+        assert torch.equal(got, wanted)
+
+
+def test_features_far_below_zero_are_those_of_dense():
+    """e^x; elu(x) + 1 as a sum of two numbers has no digits there."""
+    query, key, value = torch.randn(3, 2, 70, 4, dtype=torch.float64).unbind(0)
+    A = attention(query - 50, key - 30, score=Features(), mask=Causal(), normalizer=RowSum())
+    output = A.matmul(value, form="recurrent")
+    torch.testing.assert_close(output, A.matmul(value, form="dense"))
+    B = attention(query, key, score=Features(torch.exp), mask=Causal(), normalizer=RowSum())
+    torch.testing.assert_close(output, B.matmul(value, form="dense"))
+
+
 def test_documents_and_states_end_to_end():
     draw = torch.Generator().manual_seed(3)
     query, key, value = torch.randn(3, 2, 200, 8, generator=draw, dtype=torch.float64)
