@@ -151,12 +151,13 @@ struct Memory {
     for (int64_t k = 0; k < numbers; ++k) at[k] = 0;
   }
   void scale(T factor) {
+    if (factor == 0) return clear();  // even what overflowed
     for (int64_t k = 0; k < numbers; k += W<T>) store(at + k, load(at + k) * factor);
   }
-  // factor * this + what a piece of work left; a factor of 0 forgets.
+  // factor * this + what a piece of work left.
   void pass(const T* sketch) {
-    const T factor = sketch[numbers];
-    for (int64_t k = 0; k < numbers; k += W<T>) store(at + k, load(at + k) * factor + load(sketch + k));
+    scale(sketch[numbers]);
+    for (int64_t k = 0; k < numbers; k += W<T>) store(at + k, load(at + k) + load(sketch + k));
   }
   void read(const Operand& x, int64_t lane) {
     const T* from = reinterpret_cast<const T*>(row_of(p, x, lane, 0));
@@ -323,7 +324,8 @@ class Recur {
       const T* enter = decays.enter + g * GROUP<T>;
       if (decays.given)
         each_vector(to, p.e, [&](Vec<T> x, int64_t, int q) __attribute__((always_inline)) {
-          return x * load(enter + q);
+          const Vec<T> kept = load(enter + q);
+          return as_number<T>(as_bits<T>(x * kept) & (kept != 0));
         });
       panel(p.e, to, values, asked, seen, true);
       if (p.sums) divide(g, seen, asked, to, total);
@@ -343,7 +345,10 @@ class Recur {
       for (int64_t i = 0; i < p.d; ++i)
         before += load(query.column_panel(int(g)) + i * GROUP<T> + q) *
                   state.panel_of(i)[p.e * GROUP<T> + i % GROUP<T>];
-      if (decays.given) before *= load(decays.enter + g * GROUP<T> + q);
+      if (decays.given) {
+        const Vec<T> kept = load(decays.enter + g * GROUP<T> + q);
+        before = as_number<T>(as_bits<T>(before * kept) & (kept != 0));
+      }
       sum += before + T(p.eps);
       store(total + g * GROUP<T> + q, sum);
       const Vec<T> share = sum == 0 ? Vec<T>{} : 1 / sum;

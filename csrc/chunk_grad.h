@@ -211,7 +211,7 @@ class RecurGrad {
       panel(count, to, rows_of(key), by_values + c * query.padded, p.d, false);
       if (decays.given)
         each_vector(to, count, [&](Vec<T> x, int64_t r, int) __attribute__((always_inline)) {
-          return x * decays.leave[r];
+          return decays.leave[r] == 0 ? Vec<T>{} : x * decays.leave[r];
         });
       if (asks) add_pairs(to, pairs, left.row_panel(c));
     }
@@ -250,7 +250,7 @@ class RecurGrad {
       Vec<T> total{};
 #pragma GCC unroll 2
       for (int q = 0; q < GROUP<T>; q += W<T>) {
-        const Vec<T> x = load(rows + r * GROUP<T> + q) * factor[r];
+        const Vec<T> x = factor[r] == 0 ? Vec<T>{} : load(rows + r * GROUP<T> + q) * factor[r];
         store(rows + r * GROUP<T> + q, x);
         total += x * load(others + r * GROUP<T> + q);
       }

@@ -125,8 +125,10 @@ class Factor:
                 return args[1].matmul(args[0])  # type: ignore[attr-defined]
             return NotImplemented
         if function in (torch.stack, torch.cat):
-            several = [x.dense() if isinstance(x, Factor) else x for x in args[0]]  # type: ignore[attr-defined]
-            return function(several, *args[1:], **(kwargs or {}))
+            given = dict(kwargs or {})
+            first, *rest = args or (given.pop("tensors"),)
+            several = [x.dense() if isinstance(x, Factor) else x for x in first]  # type: ignore[attr-defined]
+            return function(several, *rest, **given)
         raise TypeError(f"{getattr(function, '__name__', function)} takes tensors; {_NO_TENSOR}")
 
     def __rmatmul__(self, x: Any) -> Any:

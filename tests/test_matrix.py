@@ -241,6 +241,7 @@ def test_an_axis_in_front_and_tensors_of_several():
     assert torch.equal(A[None, 1, :, 2], A.dense()[None, 1, :, 2])
     assert torch.equal(torch.cat([A[0][None], A[1][None].cpu()]), A.dense())
     assert torch.equal(torch.stack([A[0], A[1]], dim=1), A.dense().transpose(0, 1))
+    assert torch.equal(torch.cat(tensors=[A, A], dim=0), torch.cat([A.dense()] * 2))
     with pytest.raises(ShapeError, match=re.escape("add it to query and key")):
         example(score=lambda query, key, i, j: query @ key.mT)[None]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from test_kernel import run
+from torch.utils.checkpoint import checkpoint
 
 from regard import Causal, Documents, Features, Identity, RowSum, attention, recur
 from regard.feature_map import identity
@@ -222,6 +224,50 @@ def test_it_differentiates_twice(how):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+def several(output, leaves, above):
+    return torch.autograd.grad(output, leaves, above, is_grads_batched=True)
+
+
+def mapped(output, leaves, above):
+    return torch.vmap(lambda one: torch.autograd.grad(output, leaves, one, retain_graph=True))(
+        above
+    )
+
+
+@pytest.mark.parametrize("derive", [several, mapped])
+def test_many_gradients_at_once(derive):
+    case, found = Case(70, 2, 3, "token", How(1e-6)), []
+    for function in (scan.scan, scan.in_pytorch):
+        leaves = [x.requires_grad_() for x in case.draw()]
+        output, _ = function(Tokens(*leaves[:-1]), leaves[-1], case.how)
+        draw = torch.Generator().manual_seed(0)
+        above = torch.randn(3, *output.shape, generator=draw, dtype=output.dtype)
+        if function is scan.scan:
+            found.append(derive(output, leaves, above))
+        else:
+            each = [torch.autograd.grad(output, leaves, x, retain_graph=True) for x in above]
+            found.append([torch.stack(gradients) for gradients in zip(*each, strict=True)])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_may_hold_it(use_reentrant):
+    """Such a checkpoint unpacks saved tensors once."""
+    case, found = Case(70, 4, 3, "token", How(1e-6)), []
+
+    def function(*given):
+        return scan.scan(Tokens(*given[:-1]), given[-1], case.how)
+
+    for run_it in (function, partial(checkpoint, function, use_reentrant=use_reentrant)):
+        leaves = [x.requires_grad_() for x in case.draw()]
+        output, after = run_it(*leaves)
+        (output.sum() + after.square().sum()).backward()
+        found.append([x.grad for x in leaves])
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_rows_whose_sum_is_zero_are_zero():
     """And so are their gradients."""
     case = Case(70, 4, 3, "none", How(0.0))
@@ -243,6 +289,37 @@ def test_what_is_forgotten_or_hidden_may_overflow():
     assert one.isfinite().all()
     assert torch.equal(one[:, :40], other[:, :40])
     assert torch.equal(one[:, 50:], other[:, 50:])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forgotten_state_may_overflow(threads, monkeypatch):
+    """As may its products with queries after -inf, forwards and backwards."""
+    monkeypatch.setattr(recurrence, "PIECE_CHUNKS", 1)
+    torch.set_num_threads(threads)
+    query, key, value, decay, state = Case(400, 3, 2, "token", lanes=((1,), (1,), (1,))).draw()
+    key[:, :70] = value[:, :70] = 1e200  # a state of infinity, and then large ones
+    key[:, 70:110] = query[:, 110:] = 1e160
+    decay[:, [70, 110]] = -INF
+    found = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, decay)]
+        output, after = scan.scan(Tokens(*leaves), state, WEIGHTS)
+        gradients = torch.autograd.grad(output[:, 110:].sum() + after.sum(), leaves[:3])
+        found.append([output[:, 110:], after, *(x[:, 110:] for x in gradients), gradients[2]])
+        key[:, :110] = value[:, :70] = 0
+    for got, wanted in zip(*found, strict=True):
+        assert got.isfinite().all()
+        assert torch.equal(got, wanted)
+
+
+def test_features_far_below_zero_are_those_of_dense():
+    """e^x; elu(x) + 1 as a sum of two numbers has no digits there."""
+    query, key, value = torch.randn(3, 2, 70, 4, dtype=torch.float64).unbind(0)
+    A = attention(query - 50, key - 30, score=Features(), mask=Causal(), normalizer=RowSum())
+    output = A.matmul(value, form="recurrent")
+    torch.testing.assert_close(output, A.matmul(value, form="dense"))
+    B = attention(query, key, score=Features(torch.exp), mask=Causal(), normalizer=RowSum())
+    torch.testing.assert_close(output, B.matmul(value, form="dense"))
 
 
 def test_documents_and_states_end_to_end():
@@ -283,7 +360,10 @@ def test_what_the_kernels_do_not_do_runs_in_pytorch_and_is_said():
 
     _, slope = torch.func.jvp(loss, (query,), (torch.ones_like(query),))  # has no kernels
     leaf = query.clone().requires_grad_()
-    torch.testing.assert_close(slope, torch.autograd.grad(loss(leaf), leaf)[0].sum())
+    (wanted,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(slope, wanted.sum())
+    slopes = torch.func.grad(loss)(query)
+    torch.testing.assert_close(slopes / wanted.norm(), wanted / wanted.norm())
 
 
 def test_without_the_extension_it_runs_in_pytorch_and_says_so():

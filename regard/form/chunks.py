@@ -133,7 +133,8 @@ def _pieces(tokens: Tokens, chunk: int) -> Iterator[tuple[Tokens, int]]:
 
 def _again(piece: Tokens, state: Tensor, chunk: int) -> tuple[Tensor | None, Tensor]:
     """`_chunks`, of which the backward pass keeps the inputs alone and does the rest again."""
-    if not (torch.is_grad_enabled() and any(_learns(x) for x in (*piece, state))):
+    learns = torch.is_grad_enabled() and any(_learns(x) for x in (*piece, state))
+    if not learns or torch._C._are_functorch_transforms_active():  # which know no checkpoints
         return _chunks(piece, state, chunk)
     from torch.utils.checkpoint import checkpoint
 

@@ -160,16 +160,23 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor | None) -> tuple[Any, ...]:
-        size = len(Inputs._fields)
-        given, wanted = Inputs(*ctx.saved_tensors[:size]), ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            return None, *_differentiable(ctx.how, given, above, wanted)
-        results = Results(*ctx.saved_tensors[size:])
+        saved, size = ctx.saved_tensors, len(Inputs._fields)  # checkpoints unpack them once
+        given, wanted = Inputs(*saved[:size]), ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or any(map(_is_batched, above)):
+            with torch.enable_grad():
+                return None, *_differentiable(ctx.how, given, above, wanted)
+        results = Results(*saved[size:])
         found = recurrence.recur_grad(given, ctx.how, results, above, wanted)  # type: ignore[arg-type]
         return None, *(
             gradient if x is None or gradient is None else gradient.sum_to_size(x.shape)
             for gradient, x in zip(found, given, strict=True)
         )
+
+
+def _is_batched(x: Tensor | None) -> bool:
+    """Whether x stands for several gradients, as torch.vmap and is_grads_batched=True give them."""
+    kinds = torch._C._functorch
+    return x is not None and (kinds.is_batchedtensor(x) or kinds.is_legacy_batchedtensor(x))
 
 
 def _differentiable(
