@@ -46,7 +46,7 @@ class Reader:
     def run(self, script, *arguments):
         return self.driver.execute_script(script, *arguments)
 
-    def until(self, test, seconds=10):
+    def until(self, test, seconds=30):
         end = time.monotonic() + seconds
         while not test():
             assert time.monotonic() < end, "the page did not come to this state"
