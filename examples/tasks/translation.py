@@ -54,9 +54,14 @@ PUBLISHED = (
     ),
 )
 FOUND = (
-    "A low number: twice through the pairs, three minutes of one core, is too short for a "
-    "translator; more was not tried. Sentences longer than any learned from are worse by far. One "
-    "seed, so no spread."
+    "No published number is of this split. What it says of unseen sentences, three of "
+    "a draw: “tom sagt, er liebt es in boston” becomes “tom says he loves it in boston”, "
+    "“ich wünschte, du hättest das nicht getan” “i wish you didn't have done that”, and “diese "
+    "diät ist voll von vitaminen” “this divor is full of vitit”: frequent words are right, rare "
+    "ones are spelled from pieces and often wrong. Sentences longer than any learned from are "
+    "worse by far. Words in place of pieces and two times through the pairs, three minutes, had "
+    "10.4. Fifteen times are half an hour of one core; nothing was chosen on the validation part. "
+    "One seed, so no spread."
 )
 
 
