@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("numpy", reason="the examples read arrays: regard[examples]"
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from examples.tasks import digits, sequences, translation
+from examples.tasks import digits, pieces, sequences, translation
 
 
 def random_words():
@@ -90,28 +91,71 @@ def every_sequence(longest):
 def test_a_wide_beam_finds_the_best_translation_of_all():
     """Every sequence of up to four tokens, scored by the whole model at once."""
     torch.manual_seed(3)
-    model = translation.Translator(7, 5).eval()
+    model = translation.Translator(5).eval()
+    # One table for what is read and written would say each token again.
+    model.embed = torch.randn(5, translation.WIDTH).__getitem__
     with torch.no_grad():
         model.out.weight *= 2  # far from uniform, so that tokens differ, and lengths:
-        model.out.bias[translation.END] -= 2
-    source = torch.randint(2, 7, (16, 5))
+        model.out.bias[translation.END] -= 3
+    source = torch.randint(2, 5, (16, 5))
     source[:8, 3:] = 0
     found = translation.beam_search(model, source, beams=128, longest=4)
     best = []
     for row in source:
         scores = {}
-        for one in every_sequence(4):
-            begun = torch.tensor([[translation.END, *one[:-1]]])
+        for n, group in itertools.groupby(sorted(every_sequence(4), key=len), len):
+            ones = torch.tensor(list(group))
+            begun = torch.cat([torch.full_like(ones[:, :1], translation.END), ones[:, :-1]], 1)
             with torch.no_grad():
-                gains = model((row[None, row > 0], begun)).log_softmax(-1)[0]
-            total = gains[torch.arange(len(one)), torch.tensor(one)].sum()
+                gains = model((row[None, row > 0].expand(len(ones), -1), begun)).log_softmax(-1)
+            total = gains.gather(-1, ones[..., None]).sum((1, 2))
             # Its length counts the beginning, as in the search.
-            scores[one] = float(total) / (1 + len(one)) ** 0.6
+            scores |= zip(map(tuple, ones.tolist()), (total / (1 + n) ** 0.6).tolist(), strict=True)
         best.append(list(max(scores, key=scores.__getitem__)))
     assert [row[row > 0].tolist() for row in found] == best
     assert max(map(len, best)) == 4  # its end depends on what beams keep
     greedy = translation.beam_search(model, source, beams=1, longest=4)
     assert [row[row > 0].tolist() for row in greedy] != best  # or there was nothing to find
+
+
+def test_pieces_join_the_most_frequent_pair_first():
+    words = ["low"] * 5 + ["lower"] * 2 + ["newest"] * 6 + ["widest"] * 3
+    known = pieces.Pieces([words], 4)
+    # Nine each: es, st, and est, of which the first by letters is taken; then one of seven.
+    assert list(known.rank) == [("e", "s"), ("es", "t"), ("l", "o"), ("lo", "w")]
+    assert [known.names[k] for k in known.read(["lowest"]).tolist()] == ["▁", "low", "est", ""]
+
+
+@pytest.mark.parametrize("merges", [0, 3, 1000])
+def test_pieces_are_words_again(merges):
+    sentence = ["banana", "bandana", "a", "aaaa", "an", ",", "ban"]
+    known = pieces.Pieces([sentence, sentence], merges)
+    numbers = known.read(sentence).tolist()
+    assert known.write([*numbers, 5]) == sentence  # nothing behind the end
+    assert pieces.UNKNOWN in known.read(["x"]).tolist()
+
+
+def by_hand(words, merges):
+    """All pairs counted anew before each merge."""
+    words, found = [tuple("▁" + word) for word in words], []
+    for _ in range(merges):
+        counts = Counter(pair for word in words for pair in itertools.pairwise(word))
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+        if best is None or counts[best] < 2:
+            break
+        found.append(best)
+        words = [tuple(pieces._joined(list(word), best)) for word in words]
+    return found
+
+
+def test_counts_that_are_kept_are_those_counted_anew():
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 9, (60,), generator=generator).tolist()
+    draw = [torch.randint(3, (n,), generator=generator).tolist() for n in lengths]
+    words = ["".join("abc"[k] for k in one) for one in draw]
+    found = list(pieces.Pieces([words], 25).rank)
+    assert found == by_hand(words, 25)
+    assert len(found) == 25
 
 
 def test_bleu_of_a_known_case():

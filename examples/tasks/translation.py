@@ -1,11 +1,13 @@
 """German to English: a sequence for a sequence, its length decided by the model, by beam search.
 
 N vectors to N': encoder and decoder of two layers each (width 128, 4 heads, norms first, positions
-of T5), words and signs as tokens, small letters; words that stand once in the training part are
-unknown. Tatoeba, 29,000 pairs of 4 to 15 English words; twice through them at rate 0.002, dropout
-0.2. The state of the decoder holds the memory, projected once, and the cache of what was written;
-each step keeps the 4 best beginnings of each sentence, and `state.reorder` makes them go on. Scores
-are divided by length ** 0.6, the beginning counted.
+of T5). Words, in small letters, and signs are split into pieces, 3,000 pairs joined in both
+languages together (Sennrich, Haddow, Birch 2016), so that no word is unknown; one table of vectors
+is that of the source, of the target and of the last layer. Tatoeba, 29,000 pairs of 4 to 15 English
+words; 15 times through them, 64 pairs at a time, at rate 0.002, dropout 0.2, a tenth of each label
+spread over all pieces. The state of the decoder holds the memory, projected once, and the cache of
+what was written; each step keeps the 4 best beginnings of each sentence, and `state.reorder` makes
+them go on. Scores are divided by length ** 0.6, the beginning counted.
 
 BLEU: Papineni et al. 2002, ACL, of small letters with words and signs as tokens, all sentences
 together, one reference each.
@@ -17,14 +19,15 @@ import gzip
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.model import Batch
-from examples.tasks.sequences import BATCH, Sequences
+from examples.tasks.pieces import END, PADDING, Pieces
+from examples.tasks.sequences import Sequences
 from examples.tasks.task import Job, Task
 from regard import Padding
 from regard.nn import (
@@ -39,8 +42,8 @@ from regard.nn import (
 )
 from regard.position import T5
 
-WIDTH, HEADS, LAYERS, EPOCHS, BEAMS, LONGEST = 128, 4, 2, 2, 4, 30
-END, UNKNOWN = 1, 2
+WIDTH, HEADS, LAYERS, INNER, DROP, MERGES = 128, 4, 2, 256, 0.2, 3000
+BATCH, EPOCHS, BEAMS, LONGEST = 64, 15, 4, 45
 WHERE = "the folder of train.tsv.gz, test.tsv.gz and test_long.tsv.gz, rows of German and English \
 (tatoeba.org by www.manythings.org/anki, CC BY 2.0; a split of its own)"
 PUBLISHED = (
@@ -51,37 +54,20 @@ PUBLISHED = (
     ),
 )
 FOUND = (
-    "A low number: twice through the pairs, three minutes of one core, is too short for a "
-    "translator; more was not tried. Sentences longer than any learned from are worse by far. One "
-    "seed, so no spread."
+    "No published number is of this split. What it says of unseen sentences, three of "
+    "a draw: “tom sagt, er liebt es in boston” becomes “tom says he loves it in boston”, "
+    "“ich wünschte, du hättest das nicht getan” “i wish you didn't have done that”, and “diese "
+    "diät ist voll von vitaminen” “this divor is full of vitit”: frequent words are right, rare "
+    "ones are spelled from pieces and often wrong. Sentences longer than any learned from are "
+    "worse by far. Words in place of pieces and two times through the pairs, three minutes, had "
+    "10.4. Fifteen times are half an hour of one core; nothing was chosen on the validation part. "
+    "One seed, so no spread."
 )
 
 
 def tokens(text: str) -> list[str]:
     """Words and signs, in small letters."""
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]", text.lower())
-
-
-class Words:
-    """Numbers of the words that stand twice or more; 0 is padding, 1 the end, 2 the unknown."""
-
-    def __init__(self, sentences: list[list[str]]) -> None:
-        counts = Counter(word for sentence in sentences for word in sentence)
-        self.names = ["", "", "?", *(word for word, count in counts.items() if count > 1)]
-        self.number = {word: k for k, word in enumerate(self.names) if k > UNKNOWN}
-
-    def read(self, sentence: list[str]) -> Tensor:
-        """The numbers of a sentence and the end."""
-        return torch.tensor([*(self.number.get(word, UNKNOWN) for word in sentence), END])
-
-    def write(self, numbers: Iterable[int]) -> list[str]:
-        """The words before the end."""
-        found = []
-        for k in numbers:
-            if k == END:
-                break
-            found.append(self.names[k])
-        return found
 
 
 def read(folder: Path | None, part: str) -> list[tuple[list[str], list[str]]]:
@@ -99,40 +85,46 @@ def attention(*, bidirectional: bool) -> SelfAttention:
 
 
 class Translator(nn.Module):
-    """Source and target tokens, padded by 0, to logits of the target's next ones."""
+    """Source and target tokens, padded by 0, to logits of the target's next ones.
 
-    def __init__(self, source: int, target: int) -> None:
+    One table of vectors is that of the source, of the target, and of the last layer.
+    """
+
+    def __init__(self, names: int) -> None:
         super().__init__()
-        parts = {"dropout": 0.2, "norm_first": True}
-        encoder = (EncoderLayer(attention(bidirectional=True), **parts) for _ in range(LAYERS))
-        decoder = (
-            DecoderLayer(attention(bidirectional=False), CrossAttention(WIDTH, HEADS), **parts)
-            for _ in range(LAYERS)
+        parts = {"dropout": DROP, "norm_first": True}
+        encoder = (
+            EncoderLayer(attention(bidirectional=True), INNER, **parts) for _ in range(LAYERS)
         )
-        self.source, self.target = nn.Embedding(source, WIDTH), nn.Embedding(target, WIDTH)
-        self.dropout = nn.Dropout(0.2)
+        cross = (CrossAttention(WIDTH, HEADS) for _ in range(LAYERS))
+        decoder = (
+            DecoderLayer(attention(bidirectional=False), one, INNER, **parts) for one in cross
+        )
+        self.dropout = nn.Dropout(DROP)
         self.model = EncoderDecoder(
             Encoder(encoder, nn.LayerNorm(WIDTH)), Decoder(decoder, nn.LayerNorm(WIDTH))
         )
-        self.out = nn.Linear(WIDTH, target)
+        self.out = nn.Linear(WIDTH, names)
+        nn.init.normal_(self.out.weight, std=WIDTH**-0.5)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Vectors of standard deviation 1 [batch, n, WIDTH]."""
+        return self.dropout(F.embedding(tokens, self.out.weight) * WIDTH**0.5)
 
     def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
         source, target = both
         real = Padding(source > 0)
-        vectors = (self.dropout(embed(x)) for embed, x in self._embeddings(source, target))
+        vectors = self.embed(source), self.embed(target)
         return self.out(self.model(*vectors, source_mask=real, memory_mask=real))
-
-    def _embeddings(self, source: Tensor, target: Tensor) -> list[tuple[nn.Embedding, Tensor]]:
-        return [(self.source, source), (self.target, target)]
 
     def state(self, source: Tensor) -> States:
         """What the decoder begins from."""
         real = Padding(source > 0)
-        return self.model.state(self.source(source), source_mask=real, memory_mask=real)
+        return self.model.state(self.embed(source), source_mask=real, memory_mask=real)
 
     def step(self, target: Tensor, state: States) -> Tensor:
-        """Logits [batch, words] after one more target token [batch]."""
-        return self.out(self.model.step(self.target(target), state))
+        """Logits [batch, pieces] after one more target token [batch]."""
+        return self.out(self.model.step(self.embed(target), state))
 
 
 @torch.no_grad()
@@ -150,10 +142,10 @@ def beam_search(
     lengths = torch.ones(batch, beams)
     for _ in range(longest):
         gains = model.step(written[:, -1], state).log_softmax(-1).unflatten(0, (batch, beams))
-        gains[..., 0] = -math.inf
+        gains[..., PADDING] = -math.inf
         # A beam that has ended goes on with padding alone, at no cost.
         ended = torch.full_like(gains[0, 0], -math.inf)
-        ended[0] = 0
+        ended[PADDING] = 0
         gains = torch.where(done[..., None], ended, gains)
         longer = lengths + (~done).float()
         scores = (total[..., None] + gains) / longer[..., None] ** 0.6
@@ -188,32 +180,46 @@ def bleu(found: list[list[str]], wanted: list[list[str]]) -> float:
     return 100 * math.exp(min(0.0, 1 - ratio) + sum(logs) / 4)
 
 
+def translated(
+    model: Translator, pieces: Pieces, sentences: list[list[str]], beams: int = BEAMS
+) -> list[list[str]]:
+    """What the model makes of each sentence, those of about one length together."""
+    order = sorted(range(len(sentences)), key=lambda k: len(sentences[k]))
+    said: list[list[str]] = [[] for _ in sentences]
+    for start in range(0, len(order), 50):
+        chosen = order[start : start + 50]
+        source = [pieces.read(sentences[k]) for k in chosen]
+        rows = beam_search(model, nn.utils.rnn.pad_sequence(source, batch_first=True), beams)
+        for k, row in zip(chosen, rows.tolist(), strict=True):
+            said[k] = pieces.write(row)
+    return said
+
+
 def learn(job: Job) -> list[float]:
     """Train a translator; BLEU of the test parts."""
     pairs = read(job.data, "train")
-    german, english = (Words([pair[k] for pair in pairs]) for k in (0, 1))
-    train = Sequences([german.read(x) for x, _ in pairs], [english.read(y) for _, y in pairs])
+    pieces = Pieces([sentence for pair in pairs for sentence in pair], MERGES)
+    train = Sequences([pieces.read(x) for x, _ in pairs], [pieces.read(y) for _, y in pairs])
     torch.manual_seed(job.seed)
-    model = Translator(len(german.names), len(english.names))
-    draw = train.batches(torch.Generator().manual_seed(job.seed))
+    model = Translator(len(pieces.names))
+    draw = train.batches(torch.Generator().manual_seed(job.seed), BATCH)
 
     def shifted() -> Batch:
         (source, _), target = draw()
         begun = torch.cat([torch.full((len(target), 1), END), target[:, :-1].clamp(min=0)], 1)
         return (source, begun), target
 
-    job.train(model, shifted, EPOCHS * len(pairs) // BATCH, rate=2e-3)
+    job.train(model, shifted, EPOCHS * len(pairs) // BATCH, rate=2e-3, smoothing=0.1)
     job.save(model)
-    found = []
-    for part in ("test", "test_long"):
-        asked = sorted(read(job.data, part), key=lambda pair: len(pair[0]))
-        said: list[list[str]] = []
-        for k in range(0, len(asked), 50):
-            source = [german.read(x) for x, _ in asked[k : k + 50]]
-            rows = beam_search(model, nn.utils.rnn.pad_sequence(source, batch_first=True))
-            said += [english.write(row) for row in rows.tolist()]
-        found.append(bleu(said, [y for _, y in asked]))
-    return found
+    measures, lines = [], []
+    for part in ("test", "test_long", "val"):
+        german, english = map(list, zip(*read(job.data, part), strict=True))
+        said = translated(model, pieces, german)
+        measures.append(bleu(said, english))
+        rows = zip(german, english, said, strict=True)
+        lines += [f"{part}\t" + "\t".join(map(" ".join, row)) for row in rows]
+    (job.out / f"{job.name}-{job.seed}.txt").write_text("\n".join(lines) + "\n")
+    return measures
 
 
 TASK = Task(
@@ -222,7 +228,7 @@ TASK = Task(
     WHERE,
     "2 + 2 layers of width 128 in regard, 4 beams",
     learn,
-    ("BLEU, test part", "BLEU, longer sentences (16 to 25 words)"),
+    ("BLEU, test part", "BLEU, longer sentences (16 to 25 words)", "BLEU, validation part"),
     PUBLISHED,
     FOUND,
     seeds=1,
