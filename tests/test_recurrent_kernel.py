@@ -51,8 +51,9 @@ class Case:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=draw, dtype=torch.float64)
 
-        # Positive features, so that sums that divide are far from 0.
-        query, key = normal(*queries, self.n, self.d).abs(), normal(*keys, self.n, self.d).abs()
+        # Positive features, so that sums that divide are far from 0: a query of one channel cancels
+        # in its row, and terms of 1 / query in its gradient.
+        query, key = (normal(*lanes, self.n, self.d).abs() + 0.1 for lanes in (queries, keys))
         value, each = normal(*keys, self.n, self.e), -normal(*decays, self.n, 1).abs()
         decay = {
             "none": None,
@@ -344,8 +345,9 @@ class Own(torch.Tensor):
 
 
 def test_what_the_kernels_do_not_do_runs_in_pytorch_and_is_said():
-    query, key, value = torch.randn(3, 2, 70, 4).unbind(0)
-    channels, erasing = Features(log_decay=-torch.rand(2, 70, 4)), Features(identity, beta=0.1)
+    query, key, value = torch.randn(3, 2, 70, 4, dtype=torch.float64).unbind(0)
+    channels = Features(log_decay=-torch.rand(2, 70, 4, dtype=torch.float64))
+    erasing = Features(identity, beta=0.1)
     for score, reason in ((channels, scan.BY_CHANNEL), (erasing, scan.ERASING)):
         A = attention(query, key, score=score, mask=Causal(), normalizer=Identity())
         assert f"in PyTorch ({reason})" in A.explain(value).kernel
@@ -353,7 +355,7 @@ def test_what_the_kernels_do_not_do_runs_in_pytorch_and_is_said():
     assert scan.needs(given) is None
     assert scan.needs(given._replace(key=key.as_subclass(Own))) is not None
     assert scan.needs(given._replace(key=key.bfloat16())) is not None
-    state = torch.zeros(2, 4, 4)
+    state = value.new_zeros(2, 4, 4)
 
     def loss(query):
         return scan.scan(Tokens(query, key, value), state, WEIGHTS)[0].square().sum()
