@@ -66,10 +66,10 @@ WAYS: dict[str, Way] = {
 }
 
 
-def problem(n: int, *, train: bool) -> list[Tensor]:
+def problem(n: int, heads: int = 1, *, train: bool) -> list[Tensor]:
     """Query, key and value."""
     torch.manual_seed(0)
-    return [torch.randn(1, n, WIDTH).requires_grad_(train) for _ in range(3)]
+    return [torch.randn(heads, n, WIDTH).requires_grad_(train) for _ in range(3)]
 
 
 def call(way: Way, inputs: list[Tensor]) -> None:
@@ -94,27 +94,28 @@ def seconds(
     return {name: median(each[1:]) for name, each in times.items()}
 
 
-def added(name: str, n: int) -> float:
+def added(name: str, n: int, heads: int) -> float:
     """MiB beyond inputs and gradients, forward and backward, in a fresh process."""
-    command = [sys.executable, "-m", "bench.recurrent", "--measure", name, "--tokens", str(n)]
+    sizes = ["--tokens", str(n), "--heads", str(heads)]
+    command = [sys.executable, "-m", "bench.recurrent", "--measure", name, *sizes]
     done = subprocess.run(
         command, cwd=Path(__file__).parent.parent, capture_output=True, check=True
     )
     return int(done.stdout) / 2**20
 
 
-def measure(name: str, n: int) -> None:
+def measure(name: str, n: int, heads: int) -> None:
     """The same, in this process."""
     call(WAYS[name], problem(2 * CHUNK, train=True))
-    inputs = problem(n, train=True)
-    room = [torch.ones(n, WIDTH) for _ in range(4)]  # the output and the gradients
+    inputs = problem(n, heads, train=True)
+    room = [torch.ones(heads, n, WIDTH) for _ in range(4)]  # the output and the gradients
     before = resident()
     del room
     call(WAYS[name], inputs)
     print(max(peak() - before, 0))
 
 
-def training(most: int) -> None:
+def training(most: int, heads: int) -> None:
     """The first table."""
     reference, ours = (way(*problem(512, train=False)) for way in (chunked, recurrent))
     torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
@@ -123,20 +124,21 @@ def training(most: int) -> None:
     n = 1024
     while n <= most:
         rounds, found = 5 if n <= 4096 else 3, []
-        ways = {name: way for name, way in WAYS.items() if way is not softmax or n <= QUADRATIC}
+        ways = {
+            name: way for name, way in WAYS.items() if way is not softmax or n * heads <= QUADRATIC
+        }
         for train in (False, True):
-            inputs = problem(n, train=train)
+            inputs = problem(n, heads, train=train)
             found.append(
                 seconds({name: partial(call, way, inputs) for name, way in ways.items()}, rounds)
             )
         for name in ways:
             one, both = (each[name] * 1e3 for each in found)
-            print(f"| {n} | {name} | {one:.1f} | {both:.1f} | {added(name, n):.0f} |", flush=True)
+            print(
+                f"| {n} | {name} | {one:.1f} | {both:.1f} | {added(name, n, heads):.0f} |",
+                flush=True,
+            )
         n *= 4
-
-
-AFTER = (1, 16, 256, 1024, 4096, 16384, 100_000)
-"""Tokens before the one that is timed."""
 
 
 AFTER = (1, 16, 256, 1024, 4096, 16384, 100_000)
@@ -188,13 +190,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65536, help="longest sequence in training")
     parser.add_argument(
-        "--decode", type=int, default=AFTER[-1], help="longest sequence in decoding"
+        "--decode", type=int, default=AFTER[-1], help="longest in decoding; 0: none"
     )
+    parser.add_argument("--heads", type=int, default=1, help="in training")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: training")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure, options.tokens)
+        measure(options.measure, options.tokens, options.heads)
         return
     if options.device == "cuda":
         if not torch.cuda.is_available():
@@ -204,10 +207,11 @@ def main() -> None:
         recurrent_gpu.training(options.tokens)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    training(options.tokens)
+    training(options.tokens, options.heads)
     print()
-    with torch.inference_mode():
-        decoding(options.decode)
+    if options.decode:
+        with torch.inference_mode():
+            decoding(options.decode)
 
 
 if __name__ == "__main__":
