@@ -64,14 +64,21 @@ function putHash(hash) {
   // has no address of its own.
   if (location.protocol === "about:") return;
   putHash.timer = setTimeout(() => {
-    if (location.hash !== hash) history.replaceState(null, "", hash);
+    // An address this page neither wrote nor read is a link just followed: "hashchange" is on its
+    // way, and would find this older place instead.
+    if (location.hash !== putHash.known || location.hash === hash) return;
+    history.replaceState(null, "", hash);
+    putHash.known = location.hash;
   }, 200);
 }
 /** @type {any} */
 putHash.timer = 0;
+/** The address as last written or read. */
+putHash.known = "";
 
 /** Take what the address says into the state; gives all of its words. */
 function readPlace() {
+  putHash.known = location.hash;
   const given = new URLSearchParams(location.hash.slice(1));
   for (const name of ["layer", "head", "i", "j"]) {
     if (given.has(name)) state[name] = Number(given.get(name));
