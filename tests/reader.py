@@ -49,7 +49,9 @@ class Reader:
     def until(self, test, seconds=30):
         end = time.monotonic() + seconds
         while not test():
-            assert time.monotonic() < end, "the page did not come to this state"
+            if time.monotonic() >= end:
+                here = self.run("return [location.hash, document.body.dataset.state]")
+                raise AssertionError(f"the page did not come to this state; it is at {here}")
             time.sleep(0.02)
 
     @property

@@ -49,6 +49,22 @@ def test_keys_move_the_selection_and_the_address(page):
     page.assert_quiet()
 
 
+def test_a_link_wins_over_the_address_of_the_move_before_it(page):
+    page.go("#layer=2&head=3&i=8&j=4")
+    page.settles(layer=2, head=3, i=8, j=4)
+    # The page writes its address 200 ms after a move: here just after a link is followed, and
+    # before the browser has told the page of it.
+    page.run("late = []; kept = setTimeout; setTimeout = (action) => late.push(action)")
+    page.press("]")
+    page.settles(head=4)
+    moved = page.run(
+        "setTimeout = kept; location.hash = '#layer=1&head=2&i=3&j=1';"
+        "for (const action of late) action(); return late.length"
+    )
+    assert moved
+    page.settles(layer=1, head=2, i=3, j=1)
+
+
 def test_clicks_choose_heads_cells_and_tokens(page):
     page.run('document.querySelector(\'#heads [data-layer="4"][data-head="7"]\').click()')
     page.settles(layer=4, head=7)
