@@ -331,14 +331,6 @@ def test_errors_are_those_without_a_graph():
         compiled(x, torch.tensor([2, 9]))
 
 
-def test_a_matrix_is_a_left_factor_only():
-    x = torch.randn(5, 5)
-    with pytest.raises(TypeError):
-        x @ attention(x, x)
-    with pytest.raises(TypeError):
-        torch.matmul(x, attention(x, x))
-
-
 def test_the_operator_keeps_torchs_rules():
     import_module("regard.form.in_graph")
     query, key, value = operands()
