@@ -214,7 +214,7 @@ def test_masked_nans_stay_out_of_a_trained_product():
 
 def test_dropout_drawn_in_a_graph_is_new_each_time_and_the_same_backward():
     def function(x):
-        return attention(x, x, dropout=Dropout(0.5)) @ torch.eye(x.shape[-2])
+        return attention(x, x, dropout=Dropout(0.5)).matmul(torch.eye(x.shape[-2]))
 
     x = normal(3, LENGTH, 4)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
