@@ -7,6 +7,10 @@ In the box, output_i = sums_i / total_i, where both are convolutions of what lie
 w are the weights of a row that sees all taps, and share is what each tap has of the number by which
 the normalizer divides: w itself under softmax. A row at a border may see only shares far below the
 others, which have lost digits: where its total is below `least_total`, it is computed for itself.
+
+Gradients of w are sums over rows of gradient . value / total less gradient . output / total, each
+rounded for itself: their error is that of a sum of |gradient| |value|, also where a row at a border
+sees one weight alone and the two are the same number, which `dense` subtracts row by row.
 """
 
 from __future__ import annotations
