@@ -204,6 +204,26 @@ def check_numbers(device: torch.device) -> None:
         )
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether torch.vmap hides an axis of a tensor."""
+    kinds = torch._C._functorch
+    while kinds.is_functorch_wrapped_tensor(tensor):
+        if kinds.is_batchedtensor(tensor):
+            return True
+        tensor = kinds.get_unwrapped(tensor)
+    return False
+
+
+def check_unmapped(mask: object, tensors: Iterable[Tensor]) -> None:
+    """Raise FormError for a mask of which torch.vmap hides an axis."""
+    if any(map(is_mapped, tensors)):
+        raise FormError(
+            f"torch.vmap maps {mask}, whose visible keys are read from its numbers, which differ. "
+            "What works: query, key, value and mask with the mapped axis as a batch axis, without "
+            "torch.vmap; or torch.vmap with in_dims=None for the mask."
+        )
+
+
 def check_width(query: Tensor, key: Tensor, score: object) -> None:
     """Raise unless query and key vectors have the same width."""
     if query.shape[-1] != key.shape[-1]:

@@ -174,6 +174,7 @@ class Attention(Factor, Looking):
         if self.mask is None:
             return None
         errors.check_numbers(self.device)
+        errors.check_unmapped(self.mask, self.mask.tensors())
         return compile_mask(self.mask, self.shape[-2], self.shape[-1], self.device)
 
     @cached_property

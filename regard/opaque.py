@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -102,8 +102,20 @@ def product_in_graph(factor: Factor, x: Tensor, *, form: str | None = None) -> A
     return in_graph.instead(factor, form)
 
 
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul)
+
+
 class Factor:
-    """A left factor of tensors for which torch.compile follows `A @ x`."""
+    """A lazy matrix as a factor: `A @ x` and `x @ A` of tensors x."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def shape(self) -> torch.Size: ...
+        @property
+        def mT(self) -> Factor: ...
+        def dense(self) -> Tensor: ...
+        def matmul(self, x: Tensor, *, form: str | None = None) -> Tensor: ...
 
     @classmethod
     def __torch_function__(
@@ -113,30 +125,55 @@ class Factor:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Python sends `A @ x` to A; torch.compile sends it here, with the factors exchanged.
+        """Python sends `x @ A` and torch.matmul here, `A @ x` to A.
+
+        torch.compile sends both here as one call with the same arguments. Where the lengths fit
+        both, the graph breaks and Python tells them apart; where they fit one, it is that one.
 
         What torch.stack and torch.cat return can only be a tensor: of weights, up to the limit of
-        `dense`. Everything else is refused, as is x @ A where nothing is compiled.
+        `dense`. Everything else is refused.
         """
+        if function in _PRODUCTS and len(args) == 2 and not kwargs:
+            one, other = args
+            if isinstance(one, Factor):
+                return one.matmul(other)
+            if function is Tensor.matmul and torch.compiler.is_dynamo_compiling():
+                return _one_side(one, other)
+            return other.__rmatmul__(one)
         if torch.compiler.is_compiling():
-            if function is operator.matmul and isinstance(args[0], cls):  # in torch.export
-                return args[0].matmul(args[1])  # type: ignore[attr-defined]
-            if function in (Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], cls):
-                return args[1].matmul(args[0])  # type: ignore[attr-defined]
             return NotImplemented
         if function in (torch.stack, torch.cat):
             given = dict(kwargs or {})
             first, *rest = args or (given.pop("tensors"),)
-            several = [x.dense() if isinstance(x, Factor) else x for x in first]  # type: ignore[attr-defined]
+            several = [x.dense() if isinstance(x, Factor) else x for x in first]
             return function(several, *rest, **given)
-        raise TypeError(f"{getattr(function, '__name__', function)} takes tensors; {_NO_TENSOR}")
+        raise TypeError(
+            f"{getattr(function, '__name__', function)} takes tensors; a lazy matrix is none. "
+            "A.dense() is one, of n x m numbers; A @ x, A.mT @ x and x @ A multiply without it."
+        )
 
-    def __rmatmul__(self, x: Any) -> Any:
-        """Refused: torch.compile cannot tell it from `A @ x`."""
-        raise TypeError(f"x @ A would multiply tensors; {_NO_TENSOR}")
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        """y_rj = sum_i x_ri weight_ij: (A.mT @ x.mT).mT."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x @ A takes a tensor x, not {type(x).__name__}.")
+        rows, columns = self.shape[-2:]
+        if x.dim() < 2 or x.shape[-1] != rows:
+            raise errors.ShapeError(
+                f"x @ A sums over the {rows} rows of A, a matrix of {rows} x {columns}, but x has "
+                f"shape {errors.show(x.shape)}; it must be [*batch, heads, r, {rows}]. A @ x sums "
+                "over columns."
+            )
+        return self.mT.matmul(x.mT).mT
 
 
-_NO_TENSOR = (
-    "a lazy matrix is none. A.dense() is one, of n x m numbers; A @ x and A.mT @ x multiply "
-    "without it, and (A.mT @ x.mT).mT is x @ A."
-)
+def _one_side(x: Tensor, factor: Factor) -> Tensor:
+    """`x @ factor` or `factor @ x`, whichever the lengths fit."""
+    rows, columns = factor.shape[-2:]
+    if x.dim() < 2 or x.shape[-1] != rows:
+        return factor.matmul(x)
+    if x.shape[-2] == columns:
+        torch._dynamo.graph_break(
+            msg="to torch.compile, x @ A and A @ x of these lengths look alike; A.matmul(x), or "
+            "A.mT.matmul(x.mT).mT for x @ A, tells it which is meant."
+        )
+    return factor.__rmatmul__(x)

@@ -89,8 +89,7 @@ class Runs:
         """Which rows see a marked key: bool [*batch', columns] -> bool [*broadcast batch, rows]."""
         batch = torch.broadcast_shapes(self.batch, marked.shape[:-1])
         runs = self.expand(tuple(batch))
-        sums = torch.zeros(*batch, self.columns + 1, dtype=torch.long, device=marked.device)
-        sums[..., 1:] = marked.expand(*batch, -1).cumsum(-1)
+        sums = torch.nn.functional.pad(marked.expand(*batch, -1).cumsum(-1), (1, 0))
         first = (runs._owner() // max(self.rows, 1)) * (self.columns + 1)
         inside = sums.flatten()[first + runs.stop] - sums.flatten()[first + runs.start]
         return (runs._row_sums(inside) > 0).reshape(*batch, self.rows)
@@ -256,8 +255,7 @@ class Runs:
 
     def _row_sums(self, numbers: Tensor) -> Tensor:
         """Sums of one number per run over the runs of each row, [batch * rows]."""
-        sums = torch.zeros(numbers.numel() + 1, dtype=torch.long, device=numbers.device)
-        sums[1:] = numbers.cumsum(0)
+        sums = torch.nn.functional.pad(numbers.long().cumsum(0), (1, 0))
         return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
 
     def _edges(self) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from regard import (
     attention,
 )
 from regard.convert import from_conv
-from regard.form import convolutional, fused, support
+from regard.form import convolutional, filters, fused, split, support
 from regard.grid import Grid
 from regard.neighborhood import Neighborhood
 from regard.position import T5, Field, Gaussian, Kerple, Relative, Shift
@@ -146,7 +146,7 @@ def assert_rounding(got, wanted, factor=1.0):
     for name, reference in wanted.items():
         size = float(reference.detach().abs().max()) if reference.numel() else 0
         torch.testing.assert_close(
-            got[name], reference, rtol=0, atol=256 * EPS * factor * max(1.0, size), msg=name
+            got[name], reference, rtol=0, atol=256 * EPS * factor * max(1.0, size), msg=str(name)
         )
 
 
@@ -162,20 +162,22 @@ def test_product_equals_dense(parts, grid, normalizer, seed):
     assert_rounding(got, wanted)
 
 
+def transposed(matrix, x, form):
+    """The transpose times x, and its gradients, under a linear loss."""
+    output = matrix.mT.matmul(x, form=form)
+    inputs = [t for t in (x, *matrix.rule.tensors()) if t.requires_grad]
+    loss = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
+    gradients = torch.autograd.grad(output, inputs, loss, allow_unused=True)
+    pairs = zip(gradients, inputs, strict=True)
+    found = [output, *(torch.zeros_like(t) if g is None else g for g, t in pairs)]
+    return dict(enumerate(found))
+
+
 @pytest.mark.parametrize(("parts", "grid"), PAIRS)
 def test_transpose_equals_dense(parts, grid):
     matrix, _ = build(parts, grid, "sinks", seed=5)
     x = Draw(1, torch.float64).normal(2, 2, matrix.shape[-2], 3)
-    inputs = [t for t in (x, *matrix.rule.tensors()) if t.requires_grad]
-    found = []
-    for form in ("convolutional", "dense"):
-        output = matrix.mT.matmul(x, form=form)
-        loss = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
-        gradients = torch.autograd.grad(output, inputs, loss, allow_unused=True)
-        pairs = zip(gradients, inputs, strict=True)
-        found.append([output, *(torch.zeros_like(t) if g is None else g for g, t in pairs)])
-    for one, other in zip(*found, strict=True):
-        assert_rounding({"": one}, {"": other})
+    assert_rounding(transposed(matrix, x, "convolutional"), transposed(matrix, x, "dense"))
 
 
 LINE, IMAGE = torch.zeros(1, 6, 2), torch.zeros(1, 20, 2)
@@ -298,7 +300,7 @@ def test_every_mix_of_batch_and_head_axes(kind, lead):
 
 @pytest.mark.parametrize("parts", ["field + gaussian", "gaussian, cut box", "causal window"])
 def test_border_rows_some_at_a_time_equal_dense(parts, monkeypatch):
-    monkeypatch.setattr(convolutional, "BLOCK", 1000)
+    monkeypatch.setattr(split, "BLOCK", 1000)
     grid = "line" if parts == "causal window" else "image"
     matrix, value = build(parts, grid, "softmax", 4)
     got, wanted = (laws.results(matrix, value, form) for form in ("convolutional", "dense"))
@@ -330,7 +332,7 @@ def test_wide_windows_cost_no_matrix_and_explain_says_what_they_cost():
         output = matrix.matmul(value, form="convolutional")
     assert (output - 1).abs().max() < 1e-5
     said = convolutional.memory(matrix, value)
-    assert largest.found <= said <= convolutional.BLOCK + 4 * 3 * 2 * n * e
+    assert largest.found <= said <= split.BLOCK + 4 * 4 * 2 * n * e
     layer = from_conv(torch.nn.Conv2d(1, 1, 3), heads="min")  # its keys have no width
     assert layer.matrix(9).explain(torch.zeros(3, 1, 81, 8)).memory >= 4 * 3 * 8 * 81
 
@@ -384,7 +386,7 @@ def test_a_large_field_stores_nothing_of_the_size_of_the_matrix(monkeypatch):
         largest = max(largest, image.numel())
         return whole(image, *rest, **more)
 
-    monkeypatch.setattr(convolutional, "CONVOLUTIONS", (None, watched, None))
+    monkeypatch.setattr(filters, "CONVOLUTIONS", (None, watched, None))
     grid = Grid((128, 128))
     tokens = torch.zeros(2, grid.rows, 0)
     value = torch.ones(1, grid.rows, 3)

@@ -218,7 +218,7 @@ LOOKS = {
     "logits column": (IndexError, ["9", "6 columns"], lambda: MATRIX.logits(columns=[0, 9])),
     "new axis": (RegardError, ["A[None]"], lambda: MATRIX[0, None]),
     "of tensors alone": (TypeError, ["A.dense()", "A @ x"], lambda: torch.softmax(MATRIX, -1)),
-    "right factor": (TypeError, ["(A.mT @ x.mT).mT"], lambda: VALUE.mT @ MATRIX),
+    "right factor": (ShapeError, ["5 rows", "(2, 2, 3, 6)"], lambda: VALUE.mT @ MATRIX),
     "fraction": (RegardError, ["0.5"], lambda: MATRIX[..., 0.5, :]),
     "short bool": (
         (RegardError, IndexError),

@@ -165,18 +165,6 @@ def test_a_graph_of_the_gradient_is_allowed_and_its_gradient_refused():
         slope.square().sum().backward()
 
 
-def test_transforms_that_cannot_work_say_what_does():
-    x = torch.randn(3, 5, 2)
-    with pytest.raises(FormError, match="batch axis"):
-        torch.func.vmap(lambda x: attention(x, x) @ x)(x)
-    with pytest.raises(FormError, match="form='dense'"):
-        torch.func.grad(lambda x: (attention(x, x) @ x).sum())(x[0])
-    with pytest.raises(FormError, match="form='dense'"):
-        torch.func.jvp(lambda x: attention(x, x) @ x, (x[0],), (x[0],))
-    dense = torch.func.grad(lambda x: attention(x, x).matmul(x, form="dense").sum())
-    assert dense(x[0]).shape == (5, 2)
-
-
 def test_a_mask_of_keys_alone_costs_what_padding_costs():
     keep = torch.rand(1, 1, 1, 64) < 0.5
     x = torch.randn(1, 1, 2**14, 1)

@@ -98,7 +98,7 @@ def product_transposed(matrix: Attention, x: Tensor, name: str | None) -> Tensor
     if runs is not None and not all_finite(matrix, x):
         matrix, poisoned = shield(matrix, torch.zeros((), dtype=torch.bool, device=x.device))
         bad = _bad(x) if poisoned is None else _bad(x) | poisoned
-        if bool(bad.any()):
+        if errors.is_mapped(bad) or bool(bad.any()):
             clean = torch.where(bad[..., None], 0, x)
             output: Tensor = module.product_transposed(matrix, clean)
             return torch.where(runs.reached(bad)[..., None], torch.nan, output)
@@ -117,7 +117,8 @@ def shield(matrix: Attention, bad_value: Tensor) -> tuple[Attention, Tensor | No
     if matrix.runs is None:
         return matrix, None
     bad_query, bad_key = _bad(matrix.query), _bad(matrix.key)
-    if not bool(bad_query.any() | bad_key.any() | bad_value.any()):
+    found = bad_query.any() | bad_key.any() | bad_value.any()
+    if not errors.is_mapped(found) and not bool(found):
         return matrix, None
     poisoned = bad_query & (matrix.runs.counts() > 0)
     for bad in (bad_key, bad_value.expand(*bad_value.shape[:-1], matrix.shape[-1])):
@@ -139,11 +140,13 @@ def shields_itself(module: ModuleType, matrix: Attention, value: Tensor) -> bool
 def all_finite(matrix: Attention, x: Tensor) -> bool:
     """Whether there is nothing to shield: no mask, or no NaN and no infinity.
 
-    Sums of finite numbers may overflow and say False.
+    Sums of finite numbers may overflow and say False, as torch.vmap does, which tells no numbers.
     """
     if matrix.runs is None:
         return True
     vectors = (matrix.query, matrix.key, x)
+    if any(map(errors.is_mapped, vectors)):
+        return False
     return all(math.isfinite(tensor.detach().sum(dtype=_wide(tensor))) for tensor in vectors)
 
 

@@ -11,6 +11,7 @@ memory     inputs, outputs, gradients, two numbers per row, bands or further cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from regard.form import folded, operands
-from regard.form.first_order import FirstOrder, check_transforms, once
+from regard.form.first_order import FirstOrder, check_transforms, each, once
 from regard.form.tiles import compute_dtype
 from regard.kernel import cpu, extension
 from regard.kernel.asked import Asked, Looks
@@ -210,41 +211,47 @@ class _Product(FirstOrder):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
-        peak, total, *saved = ctx.saved_tensors
-        inputs, (query, key, x, *tensors) = saved[:LEARNED], saved
-        doutput, _, dtotal = from_above
-        check_transforms()
-        batch = tuple(ctx.numbers[0])
-        if doutput is None:
-            length = key.shape[-2] if ctx.transposed else query.shape[-2]
-            doutput = x.new_zeros(*batch, length, x.shape[-1])
-        left, right = (x, doutput) if ctx.transposed else (doutput, x)
-        needed = ctx.needs_input_grad[2 : 2 + LEARNED]
-        wants_x, wants_sink = needed[2], needed[-1]
-        wanted = [*needed[:2], wants_x and not ctx.transposed, *needed[3:-1]]
-        with torch.no_grad():
-            arguments = (query, key, right, *tensors, *ctx.numbers)
-            if any(wanted) or wants_sink:
-                gradients = cpu.attend_grad(
-                    left, peak, total, dtotal, *arguments, _at_least_query(wanted)
-                )
-            else:
-                gradients = [query.new_empty(0)] * LEARNED
-            *found, delta = gradients
-            if ctx.transposed and wants_x:
-                found[2] = cpu.attend(*arguments)[0]
-            sink = None
-            if wants_sink:
-                above = 0 if dtotal is None else dtotal * total
-                (each,) = Softmax(inputs[-1]).own_gradients(Row(peak, total), above - delta)
-                sink = each.sum(-1)
-            homes = [
-                _shaped(gradient, tensor, len(batch)) if wants and gradient is not None else None
-                for gradient, tensor, wants in zip((*found, sink), inputs, needed, strict=True)
-            ]
-        depends_on = [t for t in (doutput, *inputs) if t is not None]
-        return None, None, *once(homes, *depends_on), *[None] * (4 + len(ctx.numbers))
+    def backward(ctx: Any, *from_above: Tensor | None) -> Sequence[Tensor | None]:
+        return each(_backward, ctx, from_above)
+
+
+def _backward(
+    ctx: Any, given: Sequence[Tensor], *from_above: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    peak, total, *saved = given
+    inputs, (query, key, x, *tensors) = saved[:LEARNED], saved
+    doutput, _, dtotal = from_above
+    check_transforms((doutput, dtotal))
+    batch = tuple(ctx.numbers[0])
+    if doutput is None:
+        length = key.shape[-2] if ctx.transposed else query.shape[-2]
+        doutput = x.new_zeros(*batch, length, x.shape[-1])
+    left, right = (x, doutput) if ctx.transposed else (doutput, x)
+    needed = ctx.needs_input_grad[2 : 2 + LEARNED]
+    wants_x, wants_sink = needed[2], needed[-1]
+    wanted = [*needed[:2], wants_x and not ctx.transposed, *needed[3:-1]]
+    with torch.no_grad():
+        arguments = (query, key, right, *tensors, *ctx.numbers)
+        if any(wanted) or wants_sink:
+            gradients = cpu.attend_grad(
+                left, peak, total, dtotal, *arguments, _at_least_query(wanted)
+            )
+        else:
+            gradients = [query.new_empty(0)] * LEARNED
+        *found, delta = gradients
+        if ctx.transposed and wants_x:
+            found[2] = cpu.attend(*arguments)[0]
+        sink = None
+        if wants_sink:
+            above = 0 if dtotal is None else dtotal * total
+            (of_rows,) = Softmax(inputs[-1]).own_gradients(Row(peak, total), above - delta)
+            sink = of_rows.sum(-1)
+        homes = [
+            _shaped(gradient, tensor, len(batch)) if wants and gradient is not None else None
+            for gradient, tensor, wants in zip((*found, sink), inputs, needed, strict=True)
+        ]
+    depends_on = [t for t in (doutput, *inputs) if t is not None]
+    return None, None, *once(homes, *depends_on), *[None] * (4 + len(ctx.numbers))
 
 
 LEARNED = len(operands.Tensors._fields) + 1  # and x: what may have a gradient

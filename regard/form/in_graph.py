@@ -217,7 +217,7 @@ def _backward(ctx: Any, above: Tensor | None, *_: None) -> tuple[Any, ...]:
     ]
     if above is None:
         return None, None, None, [None] * len(tensors), *of_rest
-    first_order.check_transforms()
+    first_order.check_transforms((above,))
     *operand, of_tensors = ctx.needs_input_grad[:4]
     wanted = [*operand, *of_tensors]
     with torch.no_grad():

@@ -6,13 +6,14 @@ same backward pass over tiles, where dweight_ij = left_i[o(i, j)].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from regard.form.first_order import FirstOrder, check_transforms, once
+from regard.form.first_order import FirstOrder, Gradient, each
 from regard.form.tiled_grad import Backward
 from regard.form.tiles import Tiles, compute_dtype
 from regard.normalizer import Row
@@ -57,6 +58,7 @@ class _ByOffset(FirstOrder):
     def forward(
         tiles: Tiles, which: Offsets, query: Tensor, key: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = tiles.with_rule_on(tensors)
         row = tiles.rows(query, key)
         shape = (*tiles.shape[:-1], which.count)
         output = query.new_zeros(shape, dtype=compute_dtype(query.dtype))
@@ -73,26 +75,39 @@ class _ByOffset(FirstOrder):
         ctx.mark_non_differentiable(peak, total)
 
     @staticmethod
-    def backward(ctx: Any, *from_above: Tensor) -> tuple[Tensor | None, ...]:
-        check_transforms()
-        peak, total, query, key, *tensors = ctx.saved_tensors
-        tiles = ctx.tiles.with_rule_on([tensor.detach() for tensor in tensors])
-        wants_query, wants_key, *wants_own = ctx.needs_input_grad[2:]
+    def backward(ctx: Any, *from_above: Tensor) -> Sequence[Tensor | None]:
+        return each(_backward, ctx, from_above)
+
+
+def _backward(ctx: Any, saved: Sequence[Tensor], *from_above: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = tuple(ctx.needs_input_grad[2:])
+    run: Any = _Gradient.apply
+    found = iter(run(ctx.tiles, ctx.which, wanted, from_above[0], *saved))
+    return None, None, *(next(found) if wants else None for wants in wanted)
+
+
+class _Gradient(Gradient):
+    """The gradients, of those inputs from which one is wanted."""
+
+    @staticmethod
+    def forward(
+        tiles: Tiles, which: Offsets, wanted: tuple[bool, ...], above: Tensor, *saved: Tensor
+    ) -> tuple[Tensor, ...]:
+        peak, total, query, key, *tensors = saved
+        tiles = tiles.with_rule_on([tensor.detach() for tensor in tensors])
+        wants_query, wants_key, *wants_own = wanted
         with torch.no_grad():
-            wanted = (wants_query, wants_key, False, *wants_own)
-            back = _Backward(tiles, query, key, ctx.which, wanted)
-            back.run(from_above[0], Row(peak, total), None)
-        inputs = (query, key, *tensors)
-        gradients = [
-            gradient.to(tensor.dtype) if needed else None
-            for gradient, tensor, needed in zip(
-                (back.query, back.key, *back.home.tensors()),
-                inputs,
-                ctx.needs_input_grad[2:],
-                strict=True,
+            every = (wants_query, wants_key, False, *wants_own)
+            back = _Backward(tiles, query, key, which, every)
+            back.run(above, Row(peak, total), None)
+        gradients = (back.query, back.key, *back.home.tensors())
+        return tuple(
+            gradient.to(tensor.dtype)
+            for gradient, tensor, wants in zip(
+                gradients, (query, key, *tensors), wanted, strict=True
             )
-        ]
-        return None, None, *once(gradients, from_above[0], *inputs)
+            if wants
+        )
 
 
 class _Backward(Backward):

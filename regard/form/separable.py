@@ -12,10 +12,13 @@ quarter of a division. The kernel adds up 1 / a_d (csrc/parts.h) and, backward, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from regard.form.first_order import each
 
 # Where both q and k of a channel reach farther than this from their middles, no offset keeps the
 # tables in float32's range: e^(2 * 21) = 2^60.6. tanh is then computed pair by pair.
@@ -91,23 +94,27 @@ class _Tables(torch.autograd.Function):
         return of_query, of_key, row.float()
 
     @staticmethod
-    def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        width = weight.shape[-1]
-        found: list[Tensor | None] = []
-        for sum_, shape in zip(sums[:2], ctx.shapes, strict=True):
-            if sum_ is None:
-                found.append(None)
-                continue
-            gradient = sum_[..., :width] * (4 * weight.float()[..., None, :])
-            if len(shape) > 2 and 1 < shape[-3] < gradient.shape[-3]:
-                gradient = gradient.unflatten(-3, (shape[-3], -1)).sum(-3)
-            found.append(gradient.sum_to_size(shape))
-        of_weight = sums[2]
-        if of_weight is not None:
-            of_weight = of_weight[..., :width] * torch.where(weight < 0, -1, 1)
-            of_weight = of_weight.sum_to_size(weight.shape).to(weight.dtype)
-        return found[0], found[1], of_weight, None
+    def backward(ctx: Any, *sums: Tensor | None) -> Sequence[Tensor | None]:
+        return each(_backward, ctx, sums)
+
+
+def _backward(ctx: Any, saved: Sequence[Tensor], *sums: Tensor | None) -> tuple[Tensor | None, ...]:
+    (weight,) = saved
+    width = weight.shape[-1]
+    found: list[Tensor | None] = []
+    for sum_, shape in zip(sums[:2], ctx.shapes, strict=True):
+        if sum_ is None:
+            found.append(None)
+            continue
+        gradient = sum_[..., :width] * (4 * weight.float()[..., None, :])
+        if len(shape) > 2 and 1 < shape[-3] < gradient.shape[-3]:
+            gradient = gradient.unflatten(-3, (shape[-3], -1)).sum(-3)
+        found.append(gradient.sum_to_size(shape))
+    of_weight = sums[2]
+    if of_weight is not None:
+        of_weight = of_weight[..., :width] * torch.where(weight < 0, -1, 1)
+        of_weight = of_weight.sum_to_size(weight.shape).to(weight.dtype)
+    return found[0], found[1], of_weight, None
 
 
 def _exp(exponent: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ after      Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from regard import errors
 from regard.form import fused
-from regard.form.first_order import FirstOrder, check_transforms, once
+from regard.form.first_order import FirstOrder, Gradient, each
 from regard.form.tiled_grad import Backward
 from regard.form.tiles import Tiles, compute_dtype
 from regard.normalizer import Row, Softmax
@@ -95,6 +96,7 @@ class _Product(FirstOrder):
     def forward(
         tiles: Tiles, transposed: bool, query: Tensor, key: Tensor, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = tiles.with_rule_on(tensors)  # as torch.func gives them to this step
         with _plain(query):
             if transposed:
                 row = tiles.rows(query, key)
@@ -114,34 +116,57 @@ class _Product(FirstOrder):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, *from_above: Tensor | None) -> tuple[Tensor | None, ...]:
-        peak, total, query, key, x, *tensors = ctx.saved_tensors
-        doutput, _, dtotal = from_above
-        tiles = ctx.tiles.with_rule_on([tensor.detach() for tensor in tensors])
-        if doutput is None:
-            length = tiles.shape[-1 if ctx.transposed else -2]
-            doutput = x.new_zeros(*tiles.output_batch(x), length, x.shape[-1])
-        check_transforms()
-        left, right = (x, doutput) if ctx.transposed else (doutput, x)
-        wanted = ctx.needs_input_grad[2:]
+    def backward(ctx: Any, *from_above: Tensor | None) -> Sequence[Tensor | None]:
+        return each(_backward, ctx, from_above)
+
+
+def _backward(
+    ctx: Any, saved: Sequence[Tensor], *from_above: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    _, _, _, _, x, *_ = saved
+    doutput, _, dtotal = from_above
+    if doutput is None:
+        length = ctx.tiles.shape[-1 if ctx.transposed else -2]
+        doutput = x.new_zeros(*ctx.tiles.output_batch(x), length, x.shape[-1])
+    wanted = tuple(ctx.needs_input_grad[2:])
+    run: Any = _Gradient.apply
+    found = iter(run(ctx.tiles, ctx.transposed, wanted, doutput, dtotal, *saved))
+    return None, None, *(next(found) if wants else None for wants in wanted)
+
+
+class _Gradient(Gradient):
+    """The gradients of a product, of those inputs from which one is wanted."""
+
+    @staticmethod
+    def forward(
+        tiles: Tiles,
+        transposed: bool,
+        wanted: tuple[bool, ...],
+        doutput: Tensor,
+        dtotal: Tensor | None,
+        *saved: Tensor,
+    ) -> tuple[Tensor, ...]:
+        peak, total, query, key, x, *tensors = saved
+        tiles = tiles.with_rule_on([tensor.detach() for tensor in tensors])
+        left, right = (x, doutput) if transposed else (doutput, x)
         wants_query, wants_key, wants_x, *wants_own = wanted
         with torch.no_grad(), _plain(query):
-            wants_right = wants_x and not ctx.transposed
+            wants_right = wants_x and not transposed
             back = Backward(
                 tiles, query, key, right, (wants_query, wants_key, wants_right, *wants_own)
             )
             back.run(left, Row(peak, total), dtotal)
             dx = back.right
-            if ctx.transposed and wants_x:
+            if transposed and wants_x:
                 dx = tiles.product(query, key, doutput)[0].sum_to_size(x.shape)
-        inputs = (query, key, x, *tensors)
-        gradients = [
-            gradient.to(tensor.dtype) if needed else None
-            for gradient, tensor, needed in zip(
-                (back.query, back.key, dx, *back.home.tensors()), inputs, wanted, strict=True
+        gradients = (back.query, back.key, dx, *back.home.tensors())
+        return tuple(
+            gradient.to(tensor.dtype)
+            for gradient, tensor, wants in zip(
+                gradients, (query, key, x, *tensors), wanted, strict=True
             )
-        ]
-        return None, None, *once(gradients, doutput, *inputs)
+            if wants
+        )
 
 
 def _gather(tiles: Tiles, query: Tensor, key: Tensor, x: Tensor, row: Row) -> Tensor:
