@@ -275,7 +275,12 @@ def _around(call: Captured, dtype: torch.dtype, mixes: bool, store: Store) -> di
             "pairs": turned.query.shape[-1],
             "query": store.add(turned.query),
             "key": store.add(turned.key),
+            "factors": turned.factors,
+            "gap": turned.gap,
+            "madeBy": turned.made_by,
+            "own": turned.own,
         },
+        "unturned": call.unturned,
         "mixing": mixing
         and {
             "name": mixing.name,
