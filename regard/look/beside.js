@@ -28,7 +28,7 @@ function besideFrames() {
   pair = besidePlanes(pair);
   if (!pair) return null;
   const { planes: [here, there], origin, size } = pair, layer = page.layers[state.layer];
-  const side = element("beside-part").clientWidth, columns = side > 800 ? 3 : 1;
+  const side = widthOf("beside-part"), columns = side > 800 ? 3 : 1;
   const room = Math.max(160, Math.min(420, side / columns - 24)), count = Math.max(here.rows, here.columns);
   const labels = (label) => Array.from({ length: Math.min(layer.n, 48) }, (_, at) => label(at, layer.n));
   const widest = Math.max(...[...labels(tokenLabel), ...labels(otherLabel)].map(measure));

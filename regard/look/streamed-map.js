@@ -69,7 +69,7 @@ function standIn() {
 function drawMap() {
   if (!shown) return;
   const { layer, planes, origin, told } = shown, plane = planes[state.plane];
-  const wide = Math.min(SIDE + 64, element("map-box").clientWidth - 4);
+  const wide = Math.min(SIDE + 64, widthOf("map-box") - 4);
   const room = Math.max(220, Math.min(wide, Math.max(400, innerHeight - 380)));
   const { words, ruler } = rulerRoom(layer, plane, origin, room);
   const cell = (room - ruler) / Math.max(plane.rows, plane.columns);
