@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from regard.commands import bench, explain
@@ -70,6 +71,8 @@ def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "--beside-model", type=Path, metavar="PATH", help="the model of the other run, if another"
     )
+    for option, run in (("--label", "this run"), ("--beside-label", "the other run")):
+        command.add_argument(option, default="", metavar="NAME", help=f"what {run} is called")
     command.add_argument("--tokens", type=_positive, metavar="N", help="only the first N tokens")
     command.add_argument(
         "--layers", type=_numbers, metavar="0,5", help="only these layers, counted from 0"
@@ -120,9 +123,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _look(options: argparse.Namespace) -> int:
-    seen = Look(_scene(options))
+    seen = Look(_scene(options)).named(options.label)
     if options.beside is not None or options.beside_model is not None:
-        seen = Look(seen.scene.placed_beside(_scene(_other(options))))
+        other = Look(_scene(_other(options))).named(options.beside_label)
+        seen = Look(seen.scene.placed_beside(other.scene))
+    elif options.beside_label:
+        raise SourceError("--beside-label names the run of --beside or --beside-model")
     if options.serve is not None:
         # From the first moment on: the address may be read, and Ctrl+C pressed, before `wait`.
         with suppress(KeyboardInterrupt), seen.serve(options.serve) as server:
@@ -185,7 +191,8 @@ def _scene(options: argparse.Namespace) -> Scene:
             raise SourceError(f"{path} is not a text in UTF-8: {error}") from error
     assert text is not None
     _quieten()
-    return of_text(text, model=options.model, limit=options.tokens, layers=options.layers)
+    scene = of_text(text, model=options.model, limit=options.tokens, layers=options.layers)
+    return scene if path is None else replace(scene, sources=(*scene.sources, str(path)))
 
 
 def _input(options: argparse.Namespace) -> tuple[Path | None, str | None]:

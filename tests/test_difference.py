@@ -96,7 +96,7 @@ def test_from_the_command_line(tmp_path, capsys):
     drawn = (tmp_path / "two.svg").read_text()
     assert "one.safetensors" in drawn
     assert "two.safetensors" in drawn
-    assert '"beside": {"title": "two.safetensors"' in (tmp_path / "two.html").read_text()
+    assert '"names": ["one.safetensors", "two.safetensors"]' in (tmp_path / "two.html").read_text()
     assert main(["look", one, "--beside", short, "--output", str(tmp_path / "x.svg")]) == 1
     assert "limit= (--tokens)" in capsys.readouterr().err
     assert main(["look", one, "--panel", "difference", "--output", str(tmp_path / "x.svg")]) == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from reader import Reader
 from test_capture import build
+from test_rotation import MODELS, a_model
 from torch import nn
 
 from regard.look import look
@@ -51,8 +52,51 @@ def test_rotary_is_a_step_of_its_own(browser, transformers, tmp_path):
     assert angle[2] <= math.pi
     assert after == ("R q", 8, shown(float(call.query[0, 3, 5].abs().max())))
     assert of_key[0] == ("k", 8, shown(float(key.abs().max())))
-    titles = page.run("return [...document.querySelectorAll('#worked th')].map((x) => x.innerText)")
-    assert [x.split("\n")[0] for x in titles][1:4] == ["aⱼ", "kⱼ", "R kⱼ"]
+    # Not innerText, which of a panel out of the window is empty.
+    titles = (
+        "return [...document.querySelectorAll('#worked th')].map((x) => x.firstChild.textContent)"
+    )
+    assert page.run(titles)[1:4] == ["aⱼ", "kⱼ", "R kⱼ"]
+    page.assert_quiet()
+
+
+def test_rotary_with_a_factor_and_of_some_numbers(browser, transformers, tmp_path):
+    model, ids = a_model(transformers, *MODELS["Llama yarn"], length=9)
+    seen = look(model, {"input_ids": ids[:1]})
+    page = Reader(browser, seen.save(tmp_path / "yarn.html"))
+    page.go("#layer=1&head=3&i=5&j=2&step=3")
+    page.settles(layer=1, head=3, i=5, j=2, step=3)
+    words = page.text("step-words")
+    assert "each pair of numbers (c and c + 4) of q and k is turned" in words
+    assert "and multiplied by 1.139, so that" in words
+    assert "those of the cosines and sines that the layer was given" in words
+    assert "What “q_proj” and “k_proj” made, turned by them, is what was multiplied" in words
+    call, layer = seen.captured[1], model.layers[1].self_attn
+    with torch.no_grad():
+        query = layer.q_proj(call.inputs)[0, 5].unflatten(-1, (4, 8))[3]
+        key = layer.k_proj(call.inputs)[0, 2].unflatten(-1, (2, 8))[1]
+    before, _, after, of_key, *_ = strips(page, "#worked .turn")
+    assert before == ("q", 8, shown(float(query.abs().max())))
+    assert after == ("R q", 8, shown(float(call.query[0, 3, 5].abs().max())))
+    assert of_key == ("k", 8, shown(float(key.abs().max())))
+    model, ids = a_model(transformers, *MODELS["GPTNeoX"], length=9)
+    page = Reader(browser, look(model, {"input_ids": ids[:1]}).save(tmp_path / "neox.html"))
+    page.go("#layer=1&head=3&i=5&j=2&step=3")
+    page.settles(layer=1, head=3, step=3)
+    assert "of the first 2 of 8 numbers, each pair (c and c + 1)" in page.text("step-words")
+    assert "What “query_key_value” made, turned by them" in page.text("step-words")
+    page.assert_quiet()
+
+
+def test_a_rotation_that_was_not_found_is_said_to_be_unknown(browser, transformers, tmp_path):
+    words = {**MODELS["Phi"][1], "head_dim": 8, "num_local_experts": 2}
+    model, ids = a_model(transformers, "Llama4Text", words, length=9)
+    page = Reader(browser, look(model, {"input_ids": ids[:1]}).save(tmp_path / "llama4.html"))
+    page.go("#layer=1&head=3&i=5&j=2&step=3")
+    page.settles(layer=1, head=3, step=3)
+    assert "for it was given cosines and sines of positions. But none" in page.text("step-words")
+    assert "so the angles are not known" in page.text("step-words")
+    assert page.run("return document.querySelectorAll('#worked .turn').length") == 0
     page.assert_quiet()
 
 

@@ -192,3 +192,44 @@ def test_thousands_of_tokens_zoom_to_exact_cells(browser, tmp_path):
     cells = matrix[0, 0, 2000 + 10 * size : 2000 + 11 * size, 5 * size : 6 * size]
     assert float(rows[11][6]) == pytest.approx(float(cells.mean()), rel=1e-3)
     page.assert_quiet()
+
+
+def test_moving_over_the_map_lays_the_page_out_once_a_frame(browser, sentence):
+    page = Reader(browser, sentence[1])
+    page.go("#layer=2&head=0&i=12&j=9")
+    page.settles(i=12, j=9)
+    left, top, width, height = page.run(
+        "const canvas = document.getElementById('map'); canvas.scrollIntoView({block: 'center'});"
+        "const {left, top, width, height} = canvas.getBoundingClientRect();"
+        "return [left, top, width, height]"
+    )
+    browser.execute_cdp_cmd("Performance.enable", {})
+
+    def layouts():
+        told = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return next(x["value"] for x in told if x["name"] == "LayoutCount")
+
+    moves, frames = 20, "return performance.getEntriesByName('drawn').length"
+    before, drawn = layouts(), page.run(frames)
+    for at in range(moves):
+        share = 0.3 + 0.03 * at
+        where = {"x": left + share * width, "y": top + share * height}
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", **where})
+    page.until(lambda: page.run(frames) > drawn)
+    assert layouts() - before <= 2 * (page.run(frames) - drawn) + 2
+
+
+def test_the_map_fits_its_box_at_every_width(browser, sentence):
+    page = Reader(browser, sentence[1])
+    size = browser.get_window_size()
+    try:
+        for width in (1500, 1391, 1360, 1287, 1200, 900, 700, 500):
+            browser.set_window_size(width, size["height"])
+            page.until(
+                lambda: page.run(
+                    "const box = document.getElementById('map-box');"
+                    "return box.scrollWidth <= box.clientWidth"
+                )
+            )
+    finally:
+        browser.set_window_size(size["width"], size["height"])

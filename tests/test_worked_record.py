@@ -1,15 +1,12 @@
-"""What a record knows of a call besides its weights: rotary angles, the other sequence, W^o."""
+"""What a record knows of a call besides its weights: the other sequence, and W^o."""
 
 import pytest
 import torch
 from test_capture import build
 from torch import nn
 
-from regard import Causal
 from regard.look import capture
-from regard.look.rotation import angles
-from regard.nn import CrossAttention, SelfAttention
-from regard.position import Rotary, Yarn
+from regard.nn import CrossAttention
 
 
 @pytest.fixture(scope="module")
@@ -21,54 +18,6 @@ def recorded(model, *args, **kwargs):
     with torch.no_grad(), capture(model) as record:
         output = model(*args, **kwargs)
     return record, output
-
-
-@pytest.mark.parametrize("layout", ["halves", "interleaved"])
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_angles_are_those_of_the_part(layout, fraction):
-    torch.manual_seed(0)
-    rotary = Rotary.of(16, layout=layout, fraction=fraction, base=100.0)
-    x = torch.randn(2, 3, 80, 16)
-    found, told = angles(x, rotary.on_query(x, torch.arange(80)))
-    assert found == layout
-    exact = torch.arange(80)[:, None] * torch.tensor(rotary.frequencies[0])
-    assert told.shape == (2, 80, 8 * fraction)
-    apart = (told - exact + torch.pi).remainder(2 * torch.pi) - torch.pi
-    assert float(apart.abs().max()) < 1e-4
-
-
-def test_what_is_no_rotation_has_no_angles():
-    torch.manual_seed(0)
-    x = torch.randn(1, 3, 9, 8)
-    turned = Rotary.of(8).on_query(x, torch.arange(9))
-    assert angles(x, x) is None
-    assert angles(x, 1.01 * x) is None
-    assert angles(x, torch.randn_like(x)) is None
-    uneven = torch.cat([x[:, :1], turned[:, 1:]], 1)  # each token turns all heads alike
-    assert angles(x, uneven) is None
-    assert angles(x[:, :, :1], turned[:, :, :1]) is None  # position 0 does not turn
-
-
-def test_llama_turns_query_and_key(transformers):
-    model, inputs = build(transformers, "llama")
-    record, _ = recorded(model, **inputs)
-    call, config = record[1], model.config
-    assert call.turned.layout == "halves"
-    theta = config.rope_parameters["rope_theta"]
-    exact = torch.arange(9)[:, None] * theta ** -(torch.arange(4) / 4)
-    apart = (call.turned.query[0] - exact + torch.pi).remainder(2 * torch.pi) - torch.pi
-    assert float(apart.abs().max()) < 1e-4
-    torch.testing.assert_close(call.turned.key, call.turned.query, atol=1e-4, rtol=0)
-    assert call.made_by == ("", "", "v_proj")
-    assert call.mixing.name == "layers.1.self_attn.o_proj"
-
-
-def test_regards_own_rotary_and_a_magnitude_that_is_none():
-    torch.manual_seed(0)
-    for rotary, is_turned in ((Rotary.of(8), True), (Rotary.of(8, scaling=Yarn(4.0, 16)), False)):
-        layer = SelfAttention(16, 2, position=rotary).eval()
-        record, _ = recorded(nn.ModuleList([layer])[0], torch.randn(1, 6, 16), mask=Causal())
-        assert (record[0].turned is not None) == is_turned
 
 
 KINDS = ("gpt2", "llama", "bert", "vit", "t5", "bart")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,18 @@ class Look(Shown):
         """
         return spot_of(self.scene, layer, 0, 0, 0).call.matrix
 
+    def named(self, label: str) -> Look:
+        """The same under a name of its own, for two runs beside each other.
+
+        Without one they are told apart by what differs: their models or files, or their words.
+
+        >>> import torch
+        >>> before = look({"query": torch.zeros(5, 8), "key": torch.zeros(5, 8)}).named("before")
+        >>> before.scene.label
+        'before'
+        """
+        return Look(replace(self.scene, label=label))
+
     def rollout(self, query: int) -> Tensor:
         """What the last layer's output of one token comes from: shares [layers, n], row 0 inputs.
 
@@ -101,16 +113,10 @@ class Look(Shown):
         time, of any length: this process computes what is looked at, first from a sample of the
         queries, with its error, and then from all of them.
 
-        port: 0 for any that is free. Raises ServeError if the port is taken,
-            ShapeError for two runs of that size.
+        port: 0 for any that is free. Raises ServeError if the port is taken.
         """
         if not is_streamed(self.scene):
             return Server(self.html, port)
-        if self.scene.beside is not None:
-            raise ShapeError(
-                "two runs side by side need a page that holds both, which would be too large; "
-                "limit= or layers= make it smaller, or each run is served alone"
-            )
         stream = Stream(self.scene)
         try:
             page = streamed_page_of(self.scene)

@@ -22,15 +22,17 @@ function isSink(layer, j) {
  * @param {Layer} layer @param {number} head @param {number[]} rows */
 function strongest(layer, head, rows) {
   const { arcs } = state;
-  const weights = rows.map((i) => rowWeights(layer, head, i, state.scale === "value"));
-  /** @type {Edge[]} */
-  const all = [];
   let left = 0;
-  weights.forEach((row, at) => row.forEach((weight, j) => {
-    if (!(weight > 0)) return;
-    if (arcs.sinks && isSink(layer, j)) left += weight;
-    else all.push({ i: rows[at], j, weight });
-  }));
+  const each = rows.map((i) => {
+    /** @type {Edge[]} */
+    const edges = [];
+    rowWeights(layer, head, i, state.scale === "value").forEach((weight, j) => {
+      if (!(weight > 0)) return;
+      if (arcs.sinks && isSink(layer, j)) left += weight;
+      else edges.push({ i, j, weight });
+    });
+    return edges;
+  });
   const take = (edges) => {
     const total = edges.reduce((sum, { weight }) => sum + weight, 0), goal = arcs.share / 100 * total;
     edges.sort((a, b) => b.weight - a.weight);
@@ -38,8 +40,9 @@ function strongest(layer, head, rows) {
     while (count < edges.length && sum < goal - 1e-9) sum += edges[count++].weight;
     return edges.slice(0, count);
   };
-  const groups = arcs.each ? rows.map((i) => all.filter((edge) => edge.i === i)) : [all];
-  return { edges: groups.flatMap(take), all: all.length, left: left / rows.length };
+  const groups = arcs.each ? each : [each.flat()];
+  return { edges: groups.flatMap(take), all: each.reduce((sum, edges) => sum + edges.length, 0),
+    left: left / rows.length };
 }
 
 function drawArcs() {
@@ -51,7 +54,7 @@ function drawArcs() {
   const inside = edges.filter((edge) => edge.j >= left && edge.j < left + count);
   const drawn = inside.sort((a, b) => a.weight - b.weight).slice(-EDGES_AT_MOST);
   const height = ARC_STEP * Math.max(rows.length, count) + 26;
-  const width = Math.max(240, Math.min(ARC_WIDTH, element("arcs").clientWidth || ARC_WIDTH));
+  const width = Math.max(240, Math.min(ARC_WIDTH, widthOf("arcs") || ARC_WIDTH));
   const room = Math.min(width / 3.5, labelRoom(layer) + 12);
   const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`,
     class: "arcs", role: "img", "font-family": FIGURE_FONT, "font-size": 12,

@@ -9,9 +9,10 @@ function beforeTurn(layer, which, head, at) {
   const angles = layer.turned && layer.turned[which];
   if (!layer.turned || !angles) return after;
   const { pairs, layout } = layer.turned, before = Float64Array.from(after);
+  const factor = layer.turned.factors[which === "query" ? 0 : 1];
   for (let c = 0; c < pairs; c++) {
     const [a, b] = layout === "halves" ? [c, c + pairs] : [2 * c, 2 * c + 1];
-    const cosine = Math.cos(angles[at * pairs + c]), sine = Math.sin(angles[at * pairs + c]);
+    const cosine = Math.cos(angles[at * pairs + c]) / factor, sine = Math.sin(angles[at * pairs + c]) / factor;
     before[a] = cosine * after[a] + sine * after[b];
     before[b] = cosine * after[b] - sine * after[a];
   }
@@ -27,6 +28,7 @@ function rotaryLines(layer, head, i, j) {
   const lines = [["query", "q", i, layer.n], ...(turned.key ? [["key", "k", j, layer.m]] : [])];
   return lines.map(([which, name, at, length]) => {
     const before = beforeTurn(layer, which, head, at), { pairs } = turned;
+    const factor = turned.factors[which === "query" ? 0 : 1];
     const angles = /** @type {Float32Array} */ (turned[which]).subarray(at * pairs, (at + 1) * pairs);
     const after = which === "query" ? vector(layer.query, head, layer.n, layer.d, at)
       : vector(layer.key, keyHead(layer, head), layer.m, layer.d, at);
@@ -35,9 +37,34 @@ function rotaryLines(layer, head, i, j) {
     return atStep(3, make("p", { className: "vector turn" },
       make("span", { className: "what", textContent: `R ${name} of ${tokenLabel(at, length)}` }),
       strip(before, most, name), word("turned by"), strip(angles, Math.PI, "angle"),
-      word("gives"), strip(after, most, `R ${name}`),
+      ...(factor === 1 ? [] : [word(`and times ${number(factor)}`)]), word("gives"), strip(after, most, `R ${name}`),
       word(`${pairs} angles in radians, ${signedRange(angles)}`)));
   });
+}
+
+/** What is known of rotary encoding, in words; null where nothing speaks for one. @param {Layer} layer */
+function rotaryWords(layer) {
+  const { turned, d, unturned } = layer;
+  if (!turned) {
+    return unturned ? `Position: this layer’s q and k may be turned by it, for ${unturned}. But none of the tensors that its `
+      + "own layers made, turned in a way known here, is the q that it multiplied; so the angles are not known, and "
+      + "q and k are shown as they were multiplied." : null;
+  }
+  const { pairs, layout, factors, madeBy } = turned;
+  const which = 2 * pairs < d ? `of the first ${2 * pairs} of ${d} numbers, each pair` : "each pair of numbers";
+  const mates = layout === "halves" ? `c and c + ${pairs}` : "2c and 2c + 1";
+  const times = factors.every((x) => x === 1) ? "" : factors[0] === factors[1] || !turned.key
+    ? ` and multiplied by ${number(factors[0])}`
+    : ` (q is also multiplied by ${number(factors[0])}, k by ${number(factors[1])})`;
+  const names = madeBy.filter(Boolean).map((name) => `“${name}”`).filter((x, at, all) => all.indexOf(x) === at);
+  const missing = turned.key ? "" : layer.m > layer.n ? " (Keys of a cache were turned in earlier steps.)"
+    : " (How the keys were turned was not found.)";
+  return `Position: ${which} (${mates}) of q and k is turned by an angle that `
+    + `grows with the token’s position${times}, so that q · k depends on how far apart the two tokens are. The angles `
+    + (turned.own ? "are those of the cosines and sines that the layer was given. "
+      : "were found by comparing what the layer made with what it multiplied. ")
+    + `What ${names.length ? names.join(" and ") : "the layer"} made, turned by them, is what was multiplied, largest difference `
+    + `${number(turned.gap)}; q and k before are turned back by them.${missing}`;
 }
 
 /** The part of W^o that a head's numbers go through. @param {Layer} layer @param {number} head

@@ -6,11 +6,12 @@
  * over the queries, moved [heads, n] is sum_j alpha_ij |v_j|.
  * memory is the other sequence of cross-attention; turned are the angles of rotary encoding; mixing is W^o
  * [width, heads * e], if the page carries it.
- * @typedef {{layout: string, pairs: number, query: Float32Array, key: Float32Array | null}} Turned
+ * @typedef {{layout: string, pairs: number, query: Float32Array, key: Float32Array | null, factors: number[],
+ *   gap: number, madeBy: string[], own: boolean}} Turned
  * @typedef {{name: string, width: number, numbers: number, weight: Float32Array | null,
  *   bias: Float32Array | null}} Mixing
  * @typedef {{memory: Float32Array | null, memoryOf: string, memoryWidth: number,
- *   turned: Turned | null, mixing: Mixing | null, name: string, number: number, route: string, heads: number, kvHeads: number, n: number, m: number,
+ *   turned: Turned | null, unturned: string, mixing: Mixing | null, name: string, number: number, route: string, heads: number, kvHeads: number, n: number, m: number,
  *   d: number, e: number, scale: number, softcap: number | null, causal: boolean, formula: string,
  *   query: Float32Array, key: Float32Array, value: Float32Array | null,
  *   output: Float32Array | null, logsumexp: Float32Array, sinks: Float32Array | null,

@@ -44,8 +44,7 @@ function rulerLabels(at = shown) {
 
 /** @param {CanvasRenderingContext2D} context @param {any} at */
 function drawRulers(context, at = shown) {
-  const style = getComputedStyle(document.body);
-  const ink = style.getPropertyValue("--ink"), accent = style.getPropertyValue("--accent");
+  const ink = colourOf("--ink"), accent = colourOf("--accent");
   context.font = RULER_FONT;
   context.textBaseline = "middle";
   for (const { text, x, y, upright, here } of rulerLabels(at)) {
@@ -79,7 +78,7 @@ function drawSelection(context, at = shown) {
   const row = Math.floor((state.i - origin.top) / plane.size);
   const column = Math.floor((state.j - origin.left) / plane.size);
   const x = box.x + column * cell, y = box.y + row * cell;
-  context.strokeStyle = getComputedStyle(document.body).getPropertyValue("--accent");
+  context.strokeStyle = colourOf("--accent");
   context.lineWidth = 1;
   const inRows = row >= 0 && row < plane.rows, inColumns = column >= 0 && column < plane.columns;
   if (inRows) context.strokeRect(box.x - 0.5, y - 0.5, box.width + 1, cell + 1);

@@ -1,7 +1,7 @@
-// Two runs of the same shape: one head of each, and the difference of their weights.
+// Two runs of the same shape: one head of each, and the difference of their weights. Where the numbers
+// come from (besidePlanes, otherLabel, weightsOfPair, errorOfBlock) is of the page.
 
-const BESIDE = 128;  // blocks per side, at most
-/** What the three maps show. @type {any} */
+/** What the three maps show; null while nothing is known. @type {any} */
 let pair = null;
 
 function buildBeside() {
@@ -23,31 +23,12 @@ function buildBeside() {
   addEventListener("resize", soon(drawBeside));
 }
 
-/** The mean blocks of both runs in the view of the map. @param {Layer[]} both */
-function besidePlanes(both) {
-  const { n, m, planes } = both[0], view = state.view;
-  const origin = { top: view ? view.top : 0, left: view ? view.left : 0 };
-  const span = view ? view.span : Math.max(n, m);
-  const rows = Math.min(span, n - origin.top), columns = Math.min(span, m - origin.left);
-  const whole = planes && !view;
-  const size = whole ? planes.size : Math.ceil(span / BESIDE);
-  const found = both.map((layer) => (whole ? bakedPlane(layer, state.head, "mean", page.array)
-    : blocks(layer, state.head, false, { ...origin, rows, columns }, size).mean));
-  return { planes: found, origin, size };
-}
-
-/** @param {number} at @param {number} length */
-function otherLabel(at, length) {
-  return page.beside && page.beside.labels.length === length ? page.beside.labels[at] : `#${at}`;
-}
-
 /** What the three canvases show, and where: this run, the other, and this minus the other. */
 function besideFrames() {
-  const both = [page.layers[state.layer], page.beside?.layers[state.layer] || page.layers[0]];
-  const key = JSON.stringify([state.layer, state.head, state.view]);
-  if (!pair || pair.key !== key) pair = { key, ...besidePlanes(both) };
-  const { planes: [here, there], origin, size } = pair, layer = both[0];
-  const side = element("beside-part").clientWidth, columns = side > 800 ? 3 : 1;
+  pair = besidePlanes(pair);
+  if (!pair) return null;
+  const { planes: [here, there], origin, size } = pair, layer = page.layers[state.layer];
+  const side = widthOf("beside-part"), columns = side > 800 ? 3 : 1;
   const room = Math.max(160, Math.min(420, side / columns - 24)), count = Math.max(here.rows, here.columns);
   const labels = (label) => Array.from({ length: Math.min(layer.n, 48) }, (_, at) => label(at, layer.n));
   const widest = Math.max(...[...labels(tokenLabel), ...labels(otherLabel)].map(measure));
@@ -58,19 +39,29 @@ function besideFrames() {
   const box = { x: ruler, y: ruler, width: cell * here.columns, height: cell * here.rows };
   const weight = here.weight.map((x, at) => x - there.weight[at]);
   const largest = largestOf(weight.map((x) => (Number.isNaN(x) ? 0 : x)));
-  Object.assign(pair, { both, difference: weight, largest });
+  Object.assign(pair, { layer, difference: weight, largest });
   return [here, there, { ...here, weight }].map((plane, at) => ({ layer, plane, origin, box, cell,
     words, label: at === 1 ? otherLabel : tokenLabel,
     colour: at === 2 ? (x) => signedColour(x, largest) : undefined,
-    title: [`This run: ${page.title}`, `Beside it: ${page.beside?.title}`,
-      "This run − the one beside it"][at] }));
+    title: besideTitles()[at] }));
+}
+
+function besideTitles() {
+  const [here, there] = page.beside?.names || ["", ""];
+  return [`This run: ${here}`, `Beside it: ${there}`, "This run − the one beside it"];
 }
 
 function drawBeside() {
   if (!page.beside) return;
   const frames = besideFrames();
+  element("beside-part").classList.toggle("waiting", !frames);
+  if (!frames) {
+    [0, 1, 2].forEach((at) => { element(`beside-${at}`).dataset.shown = ""; });
+    element("beside-words").textContent = "both runs are being computed …";
+    return;
+  }
   pair.frames = frames;
-  const { both, largest, size } = pair;
+  const { layer, largest, size } = pair;
   frames.forEach((frame, at) => {
     const { box, cell, origin, plane, title, colour } = frame;
     const canvas = /** @type {HTMLCanvasElement} */ (element(`beside-${at}`));
@@ -82,11 +73,11 @@ function drawBeside() {
     drawSelection(context, frame);
     element(`beside-${at}-title`).textContent = title;
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `${title}, layer ${both[0].number}, head ${state.head}`);
+    canvas.setAttribute("aria-label", `${title}, layer ${layer.number}, head ${state.head}`);
     canvas.dataset.shown = JSON.stringify({ rows: plane.rows, columns: plane.columns, size,
       ...origin, box, cell, largest });
   });
-  element("beside-words").textContent = besideWords({ i: state.i, j: state.j, at: -1 });
+  drawBesideWords();
   element("beside-legend").replaceChildren(...[["below", "more weight beside it, −"],
     ["above", "more weight in this run, +"]].flatMap(([end, words]) => {
     const swatch = make("span", { className: "swatch" });
@@ -95,7 +86,10 @@ function drawBeside() {
   }));
   element("beside-hint").textContent = `Rows are queries, columns are keys${size > 1
     ? `; one dot is the mean of ${size} × ${size} cells` : ""}. The difference is of weights, not of `
-    + "lift, and its colours reach to the largest difference shown. Tokens are compared by position.";
+    + `lift, and its colours reach to the largest difference shown. Tokens are compared by position.${pair.quality || ""}`;
+}
+function drawBesideWords() {
+  if (pair) element("beside-words").textContent = besideWords({ i: state.i, j: state.j, at: -1 });
 }
 
 /** @param {number} x @param {number} largest that has the full colour */
@@ -107,7 +101,9 @@ function signedColour(x, largest) {
 
 /** The three maps beside each other, and the colour bar of the last. */
 function besideFigure() {
-  const frames = besideFrames(), { largest } = pair, top = 22;
+  const frames = besideFrames(), top = 22;
+  if (!frames) return { nodes: [], width: 0, height: 0 };
+  const { largest } = pair;
   let left = 0, deep = 0;
   const nodes = frames.map((frame) => {
     const { colour } = frame;
@@ -128,7 +124,8 @@ function besideFigure() {
 
 /** Both weights and their difference, a line per pair or block. */
 function besideRows() {
-  const { planes: [here, there], origin, size, difference, both: [layer] } = pair;
+  if (!pair) return [["query", "key", "weight", "weight_beside", "difference"]];
+  const { planes: [here, there], origin, size, difference, layer } = pair;
   const name = (at, length) => (size === 1 ? tokenName(at, length)
     : `${at}-${Math.min(at + size, length) - 1}`);
   return [["query", "key", "weight", "weight_beside", "difference"],
@@ -145,13 +142,21 @@ function besideAt(event, which) {
 
 /** Both weights and their difference, of a pair or of a block. @param {any} cell */
 function besideWords({ i, j, at }) {
-  const { both, planes, size } = pair, [a, b] = both;
-  const block = at >= 0 && size > 1;
-  const [here, there] = block ? planes.map((plane) => plane.weight[at])
-    : [weightAt(a, state.head, i, j), weightAt(b, state.head, i, j)];
-  const where = block ? `block at query ${i}, key ${j}: mean ` : `${tokenName(i, a.n)} → `
-    + `${tokenName(j, a.m)}, beside it ${otherLabel(i, b.n)} → ${otherLabel(j, b.m)}: `;
+  const { layer, planes, size } = pair, block = at >= 0 && size > 1;
+  const both = block ? planes.map((plane) => plane.weight[at]) : weightsOfPair(i, j, at);
+  const where = block ? `block at query ${i}, key ${j}: mean ` : `${tokenName(i, layer.n)} → `
+    + `${tokenName(j, layer.m)}, beside it ${otherLabel(i, layer.n)} → ${otherLabel(j, layer.m)}: `;
+  if (!both) return `${where}being computed`;
+  const [here, there] = both, off = block ? errorOfBlock(at) : 0;
   const told = (weight) => (Number.isNaN(weight) ? "masked" : number(weight));
-  const more = Number.isNaN(here - there) ? "" : `, difference ${number(here - there)}`;
+  const more = Number.isNaN(here - there) ? "" : `, difference ${number(here - there)}`
+    + (off ? ` ± ${number(off)} (standard error)` : "");
   return `${where}weight ${told(here)} and ${told(there)}${more}`;
+}
+
+/** The panel, as it can be saved. */
+function besidePanel() {
+  return { words: "the two runs", bar: true, body: besideFigure, rows: besideRows,
+    title: () => [`Two runs: layer ${page.layers[state.layer].number}, head ${state.head}`,
+      `${page.beside?.title} · ${page.layers[state.layer].name}`, element("beside-hint").textContent || ""] };
 }

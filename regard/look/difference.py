@@ -20,6 +20,7 @@ from regard.look.record import Captured
 from regard.look.ruled import Ruled
 from regard.look.scene import Scene
 from regard.look.shades import block_size, pooled, shades
+from regard.look.titles import names_of, of_both
 
 CELLS = 256  # blocks per side, at most
 _ROOM, _GAP = 300, 28  # pixels of a map, and between two
@@ -42,9 +43,10 @@ def difference(scene: Scene, call: Captured, head: int, scale: str) -> Figure:
     apart = here - there
     largest = float(apart.nan_to_num().abs().max())
     signed = 0.5 + apart / (2 * largest) if largest else torch.where(apart.isnan(), apart, 0.5)
+    names = names_of(scene)
     maps = (
-        (scene, scene.title, cell_picture, shades(call, heads, size, scale)[0]),
-        (scene.beside, scene.beside.title, cell_picture, shades(other, heads, size, scale)[0]),
+        (scene, names[0], cell_picture, shades(call, heads, size, scale)[0]),
+        (scene.beside, names[1], cell_picture, shades(other, heads, size, scale)[0]),
         (scene, "the first − the second", signed_picture, signed),
     )
     body, left, deep = [], 0.0, 0.0
@@ -59,7 +61,7 @@ def difference(scene: Scene, call: Captured, head: int, scale: str) -> Figure:
     blocks = f"; mean of {size} x {size} cells" if size > 1 else ""
     lines = (
         f"Two runs: layer {call.number}, head {head}",
-        f"{scene.title} · {scene.beside.title} · {call.name}",
+        f"{of_both(scene)} · {call.name}",
         f"Rows are queries, columns are keys{blocks}. Tokens are compared by position.",
     )
     own = Ruled.of(scene, call, size, _ROOM)

@@ -96,9 +96,6 @@ function lines(node, range) {
   return found;
 }
 
-/** @param {string} name */
-function colourOf(name) { return getComputedStyle(document.body).getPropertyValue(name).trim(); }
-
 /** What a colour means, in words. */
 function unitWords() {
   if (state.scale === "weight") return "weight";
@@ -173,8 +170,17 @@ function hand(name, blob) {
   link.href = URL.createObjectURL(blob);
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  element("saved").textContent = `saved ${name}`;
+  const said = element("saved"), framed = window.self !== window.top;
+  // A sandbox that forbids downloads tells nobody but its console, so every frame says what to do then.
+  said.textContent = `saved ${name}${framed ? ". If no file came, the page around this view forbids downloads; "
+    + "in Python, seen.figure(…).save(…) and seen.save(…) write files" : ""}`;
+  if (!framed) return;
+  said.className = "toast";
+  clearTimeout(hand.timer);
+  hand.timer = setTimeout(() => { said.className = "hidden"; }, 10000);
 }
+/** @type {any} */
+hand.timer = 0;
 
 /** @param {(string | number | null)[][]} rows */
 function csv(rows) {

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from regard.look.record import Captured, Mixing, kept
-from regard.look.rotation import turned
+from regard.look.rotation import given_angles, turned
 
 _ROWS = 8  # tokens in which a layer's output is compared
+_ROTARY = ("rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct")  # Hugging Face's words
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Open:
     module: nn.Module
     given: list[Any]
     sources: Mapping[Tensor, str]
-    made: list[Tensor] = field(default_factory=list)
+    made: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def completed(self, call: Captured) -> Captured:
         """The call with the vectors it was made of, the layers that made it, and its rotation."""
@@ -47,20 +48,42 @@ class Open:
             memory = others[0]
         if memory is inputs:
             memory = None
-        found = turned(self.made, call.query, call.key) if not (asks or answers) else None
+        found, unseen = call.turned, ""
+        if not (asks or answers or found):
+            given = given_angles([*self.given, *(made for _, made in self.made)])
+            found = turned(self._inside(), call.query, call.key, given)
+            unseen = self._unseen(bool(given)) if found is None else ""
         call = replace(
             call,
             inputs=kept(inputs),
             made_by=(asks, answers, gives),
             memory=None if memory is None else kept(memory),
             memory_of="" if memory is None else self.sources.get(memory, ""),
-            turned=call.turned or found,
+            turned=found,
+            unturned=unseen,
         )
         if isinstance(self.module, nn.MultiheadAttention):  # which never calls its last layer
             last = self.module.out_proj
             name = f"{self.name}.out_proj".lstrip(".")
             call = replace(call, mixing=Mixing(name, last.weight.detach(), last.bias))
         return call
+
+    def _inside(self) -> list[tuple[str, Tensor]]:
+        """What the leaves have made, by their names within the module."""
+        return [(name.removeprefix(f"{self.name}."), made) for name, made in self.made]
+
+    def _unseen(self, given: bool) -> str:
+        """What speaks for a rotation that was not found."""
+        if given:
+            return "it was given cosines and sines of positions"
+        config = getattr(self.module, "config", None)
+        for owner in (self.module, config):
+            for word in _ROTARY:
+                if getattr(owner, word, None):
+                    return f"“{word}” is set in the model"
+        if getattr(config, "position_embedding_type", "") == "rotary":
+            return "the model’s position_embedding_type is rotary"
+        return ""
 
     def _tensors(self) -> list[Tensor]:
         """Sequences of vectors among the arguments, [batch, length, width]."""
@@ -87,12 +110,23 @@ class Open:
             for name, weight, bias in _layers(self.module, flat.shape[-1]):
                 if weight.shape[-1] != given.shape[-1] or weight.dtype != given.dtype:
                     continue
-                # The function, not the module: whose hooks would take this for a call of the model.
-                made = nn.functional.linear(given[:1, :_ROWS], weight, bias)
-                near = torch.finfo(given.dtype).eps * 64
-                if torch.allclose(made, flat[:1, :_ROWS], rtol=near, atol=near):
+                if _is_product(flat[:1, :_ROWS], given[:1, :_ROWS], weight, bias):
                     return name, given
         return "", None
+
+
+def _is_product(made: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a tensor is what a linear layer makes of another, to rounding.
+
+    The result is rounded to its dtype; its sums are rounded in float32 at least, each in
+    proportion to the sum of the absolute products.
+    """
+    # The function, not the module: whose hooks would take this for a call of the model.
+    again = nn.functional.linear(given, weight, bias)
+    sizes = nn.functional.linear(given.abs(), weight.abs())
+    own = torch.finfo(given.dtype).eps
+    allowed = 2 * own * again.abs() + 8 * min(own, torch.finfo(torch.float32).eps) * sizes
+    return bool(((again - made).abs() <= allowed).all())
 
 
 class Running(list[Open]):
@@ -122,7 +156,7 @@ class Running(list[Open]):
         for tensor in _outputs(output):
             self._sources[tensor] = name
             if self and not any(True for _ in module.children()):
-                self[-1].made.append(tensor)
+                self[-1].made.append((name, tensor))
 
 
 def _outputs(output: Any) -> Iterator[Tensor]:

@@ -146,6 +146,14 @@ def _turned(run: Sequence[Captured]) -> Turned | None:
     found = [call.turned for call in run if call.turned is not None]
     if len(found) < len(run) or any(a.layout != b.layout for a, b in pairwise(found)):
         return None
+    if any(abs(a.factors[0] - b.factors[0]) > 1e-5 for a, b in pairwise(found)):
+        return None
     angles = torch.cat([one.query for one in found], 1)
     own = angles if angles.shape[1] == run[-1].key.shape[2] else None
-    return Turned(angles, own, found[0].layout)
+    return replace(
+        found[0],
+        query=angles,
+        key=own,
+        gap=max(one.gap for one in found),
+        own=all(one.own for one in found),
+    )

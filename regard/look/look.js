@@ -167,17 +167,44 @@ function isShort() {
   return Math.max(layer.n, layer.m) <= 128;
 }
 
-/** What takes longer than a passing pointer should wait for. */
+/** What takes longer than a passing pointer should wait for, and where it stands.
+ * @type {[() => void, string][]} */
+const REST = [[drawTokens, "sent"], [drawTotals, "totals"], [drawImage, "image-part"],
+  [drawRollout, "rollout"], [drawBeside, "beside-part"], [drawArcs, "arcs"], [drawWorked, "worked"]];
+const REST_AFTER = 120;    // milliseconds without a move: panels that are in the window
+const UNSEEN_AFTER = 450;  // and all others
+/** Ids of panels that are in the window, kept by an observer: asking would lay out the page. */
+const inWindow = new Set();
+
 function drawRest() {
-  drawTokens();
-  drawTotals();
-  drawImage();
-  drawRollout();
-  drawBeside();
-  drawArcs();
-  drawWorked();
+  clearTimeout(drawRestSoon.timer);
+  for (const [panel] of REST) panel();
 }
-const drawRestSoon = soon(drawRest);
+/** Once the pointer rests, a panel at a time: if it moves on, it waits for one of them at most. */
+function drawRestSoon() {
+  clearTimeout(drawRestSoon.timer);
+  const unseen = REST.filter(([, id]) => !inWindow.has(id));
+  const left = [...REST.filter(([, id]) => inWindow.has(id)), ...unseen];
+  const next = () => {
+    const first = left.shift();
+    if (first) first[0]();
+    const pause = left.length === unseen.length ? UNSEEN_AFTER - REST_AFTER : 0;
+    if (left.length) drawRestSoon.timer = setTimeout(next, pause);
+  };
+  drawRestSoon.timer = setTimeout(next, unseen.length < left.length ? REST_AFTER : UNSEEN_AFTER);
+}
+drawRestSoon.timer = 0;
+
+/** Keep `inWindow`. */
+function watchRest() {
+  const watching = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) inWindow.add(target.id);
+      else inWindow.delete(target.id);
+    }
+  });
+  for (const [, id] of REST) watching.observe(element(id));
+}
 
 function repaint() {
   drawLegend();
@@ -215,6 +242,7 @@ function start() {
   buildSaving();
   buildHighlight();
   buildFind();
+  watchRest();
   select({ layer: state.layer }, !isShort());
 }
 

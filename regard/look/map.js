@@ -37,14 +37,14 @@ function isStill(event) {
 isStill.last = "";
 
 /** Room for the map, in CSS pixels. */
-function mapRoom() { return Math.max(220, Math.min(640, element("map-box").clientWidth)); }
+function mapRoom() { return Math.max(220, Math.min(640, widthOf("map-box"))); }
 
 /** Which cells the canvas shows, in blocks of which size, and where. @param {Layer} layer */
 function frame(layer) {
   const whole = Math.max(layer.n, layer.m), view = state.view;
   const span = view ? view.span : whole, room = mapRoom();
   const most = Math.max(Math.min(layer.n, span), Math.min(layer.m, span));
-  let ruler = labelRoom(layer) + 8, cell = Math.min(40, Math.floor((room - ruler) / most));
+  let ruler = labelRoom(layer) + 8, cell = Math.min(40, Math.floor((room - ruler - 3) / most));
   const words = cell >= 12;
   if (!words) {
     ruler = 8 + measure(String(whole));

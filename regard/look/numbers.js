@@ -21,6 +21,6 @@ const page = {
 };
 /** @type {Layer[]} */
 page.layers = raw.layers.map((layer) => openLayer(layer, page.array));
-/** Another run of the same shape beside this one. @type {{title: string, labels: string[], layers: Layer[]} | null} */
+/** Another run of the same shape beside this one. @type {{title: string, names: string[], labels: string[], layers: Layer[]} | null} */
 page.beside = raw.beside && { ...raw.beside,
   layers: raw.beside.layers.map((layer) => openLayer(layer, page.array)) };

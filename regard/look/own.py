@@ -58,7 +58,7 @@ def _numbers(name: str, matrix: Attention) -> Captured:
     groups = key.shape[-3] if key.dim() > 2 else 1
     key = key.expand(*batch[:-1], groups, *key.shape[-2:])
     score, normalizer = matrix.score, matrix.normalizer
-    before = [four_axes(x) for x in (matrix.query, matrix.key) if matrix.position is not None]
+    before = [("", four_axes(x)) for x in (matrix.query, matrix.key) if matrix.position is not None]
     call = Captured(
         name=name,
         route="regard",

@@ -10,6 +10,7 @@ from typing import Any
 from regard.look.payload import payload
 from regard.look.scene import Scene
 from regard.look.stream import about
+from regard.look.titles import of_both
 
 # In this order: each file may use what the ones before it define.
 SCRIPTS = (
@@ -33,6 +34,7 @@ SCRIPTS = (
     "rollout.js",
     "image.js",
     "beside.js",
+    "own-beside.js",
     "hover.js",
     "panels.js",
     "look.js",
@@ -47,7 +49,9 @@ STREAMED_SCRIPTS = (
     "axes.js",
     "keys.js",
     "figure.js",
+    "beside.js",
     "streamed-map.js",
+    "streamed-beside.js",
     "streamed-panels.js",
     "streamed.js",
 )
@@ -61,14 +65,18 @@ def page_of(scene: Scene) -> str:
 
     Raises ShapeError if it would be larger than a browser opens with pleasure.
     """
-    return _document(scene.title, payload(scene), ("look.html", SCRIPTS), _POLICY)
+    return _document(_titled(scene), payload(scene), ("look.html", SCRIPTS), _POLICY)
 
 
 def streamed_page_of(scene: Scene) -> str:
     """The page of a map of any length, which asks the server that it came from for its numbers."""
     # Its own server alone: the token is in the address below which it asks.
     policy = f"{_POLICY}; connect-src 'self'"
-    return _document(scene.title, about(scene), ("streamed.html", STREAMED_SCRIPTS), policy)
+    return _document(_titled(scene), about(scene), ("streamed.html", STREAMED_SCRIPTS), policy)
+
+
+def _titled(scene: Scene) -> str:
+    return scene.title if scene.beside is None else of_both(scene)
 
 
 def _document(name: str, data: Any, parts: tuple[str, tuple[str, ...]], policy: str) -> str:
@@ -76,6 +84,7 @@ def _document(name: str, data: Any, parts: tuple[str, tuple[str, ...]], policy: 
     numbers = json.dumps(data, ensure_ascii=False, allow_nan=False)
     title = html.escape(f"{name}: attention")
     body, scripts = parts
+    laid_out = _read(body).replace("<!-- beside.html -->", _read("beside.html").strip())
     script = "\n".join(_read(script) for script in scripts)
     return f"""<!doctype html>
 <html lang="en">
@@ -89,7 +98,7 @@ def _document(name: str, data: Any, parts: tuple[str, tuple[str, ...]], policy: 
 <style>
 {_read("look.css")}</style>
 </head>
-{_read(body)}
+{laid_out}
 <script type="application/json" id="data">{_inert(numbers)}</script>
 <script type="module">
 {script}</script>

@@ -157,15 +157,52 @@ function liftWords(lift) {
 /** @param {number} x */
 function number3(x) { return x >= 1e6 ? x.toExponential(0).replace("+", "") : String(Number(x.toPrecision(2))); }
 
-/** @param {MouseEvent} event @param {string} text */
+/** Colours of the style sheet by tone and name. @type {Map<string, string>} */
+const colours = new Map();
+/** A colour of the style sheet. Asking the browser again would lay out the page that a moving pointer
+ * has just changed. @param {string} name */
+function colourOf(name) {
+  const key = `${tone} ${name}`, found = colours.get(key)
+    || getComputedStyle(document.body).getPropertyValue(name).trim();
+  colours.set(key, found);
+  return found;
+}
+
+/** Widths of boxes that were asked for, kept by an observer, for the same reason.
+ * @type {Map<string, number>} */
+const widths = new Map();
+const resized = new ResizeObserver((entries) => {
+  const changed = entries.filter(({ target }) => widths.get(target.id) !== target.clientWidth);
+  for (const { target } of changed) widths.set(target.id, target.clientWidth);
+  // A scroll bar that comes or goes narrows the boxes, and the window does not say so.
+  if (changed.length) dispatchEvent(new Event("resize"));
+});
+/** The width inside a box that never changes its place in the page. @param {string} id */
+function widthOf(id) {
+  const known = widths.get(id);
+  if (known !== undefined) return known;
+  const box = element(id), width = box.clientWidth;
+  widths.set(id, width);
+  resized.observe(box);
+  return width;
+}
+addEventListener("resize", () => widths.clear());
+
+/** What the pointer may cover of the window, read when it changes. */
+const viewport = { width: innerWidth, height: innerHeight };
+addEventListener("resize", () => Object.assign(viewport, { width: innerWidth, height: innerHeight }));
+
+/** Words beside the pointer, on the side that has more room: so nothing need be measured.
+ * @param {MouseEvent} event @param {string} text */
 function tip(event, text) {
-  const box = element("tip");
+  const box = element("tip"), { clientX: x, clientY: y } = event, { width, height } = viewport;
   box.textContent = text;
   box.hidden = false;
-  const left = Math.min(event.clientX + 14, window.innerWidth - box.offsetWidth - 8);
-  const below = event.clientY + 18, fits = below + box.offsetHeight < window.innerHeight;
-  box.style.left = `${Math.max(4, left)}px`;
-  box.style.top = `${fits ? below : event.clientY - box.offsetHeight - 10}px`;
+  const right = x > width / 2, above = y > 0.75 * height;
+  box.style.left = right ? "" : `${x + 14}px`;
+  box.style.right = right ? `${width - x + 10}px` : "";
+  box.style.top = above ? "" : `${y + 18}px`;
+  box.style.bottom = above ? `${height - y + 10}px` : "";
 }
 function hideTip() { element("tip").hidden = true; }
 

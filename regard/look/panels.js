@@ -106,10 +106,7 @@ const PANELS = {
     title: () => [`Rollout: ${page.title}`, `query ${tokenName(state.i, page.layers[0].n)}, `
       + `${page.layers.length} layers`], rows: () => [["key", "token", "share"],
       ...Array.from(rollout(state.i), (x, j) => [j, tokenLabel(j, page.layers[0].m), x])] },
-  beside: { words: "the two runs", bar: true, body: besideFigure, rows: besideRows,
-    title: () => [`Two runs: layer ${page.layers[state.layer].number}, head ${state.head}`,
-      `${page.title} · ${page.beside?.title} · ${page.layers[state.layer].name}`,
-      element("beside-hint").textContent || ""] },
+  beside: besidePanel(),
   worked: { words: "the worked output", bar: false, rows: workedRows,
     body: () => traced(element("worked")),
     title: () => [...headOf("One output, worked"), `query ${tokenName(state.i,

@@ -22,6 +22,7 @@ from regard.look.record import Captured
 from regard.look.scene import Scene, Tokens
 from regard.look.statistics import HeadStatistics, of_call
 from regard.look.store import Store
+from regard.look.titles import names_of, of_both
 from regard.matrix import Attention
 
 SINGLE_BYTES = 16 * 2**20  # up to here float32 travels, beyond it float16
@@ -82,7 +83,12 @@ def payload(scene: Scene) -> dict[str, Any]:
         "aboveChance": kinds.ABOVE_CHANCE,
         "layers": runs[0],
         "beside": beside
-        and {"title": beside.title, "labels": beside.tokens.labels, "layers": runs[1]},
+        and {
+            "title": of_both(scene),
+            "names": names_of(scene),
+            "labels": beside.tokens.labels,
+            "layers": runs[1],
+        },
         "arrays": store.arrays,
     }
 
@@ -275,7 +281,12 @@ def _around(call: Captured, dtype: torch.dtype, mixes: bool, store: Store) -> di
             "pairs": turned.query.shape[-1],
             "query": store.add(turned.query),
             "key": store.add(turned.key),
+            "factors": turned.factors,
+            "gap": turned.gap,
+            "madeBy": turned.made_by,
+            "own": turned.own,
         },
+        "unturned": call.unturned,
         "mixing": mixing
         and {
             "name": mixing.name,

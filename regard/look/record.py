@@ -74,6 +74,7 @@ class Captured:
     memory: [batch, m, width], the vectors that keys and values were made of, where these are not
         `inputs`; memory_of: the module whose output they are, "" if unknown
     turned: the angles by which rotary encoding turned query and key, if it did and that was seen
+    unturned: what speaks for a rotation, where none was found; "" if nothing does
     mixing: the layer that was given the heads' outputs, or None if none was seen
     steps: of a generation that was joined into one call: how many queries each step had
     given: of a matrix of regard's under another normalizer than softmax: itself
@@ -98,6 +99,7 @@ class Captured:
     memory: Tensor | None = None
     memory_of: str = ""
     turned: Turned | None = None
+    unturned: str = ""
     mixing: Mixing | None = None
     steps: tuple[int, ...] = ()
     given: Attention | None = None

@@ -12,6 +12,7 @@ weight that query i gives to the block's keys and V the number of visible cells:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,10 +45,10 @@ class Estimate:
 
     >>> call = Captured("", "arrays", *torch.randn(3, 1, 1, 64, 8), None, scale=1.0)
     >>> estimate = Estimate(call, Region(0, 0, 0, 0, 64, 64, 16))
-    >>> estimate.advance(8)
+    >>> _ = estimate.advance(8)
     >>> estimate.taken, estimate.mean().shape, bool((estimate.error() > 0).all())
     (8, torch.Size([4, 4]), True)
-    >>> estimate.advance(56)
+    >>> _ = estimate.advance(56)
     >>> torch.allclose(estimate.mean(), call.matrix.pool(16)[0, 0].double(), atol=1e-6)
     True
     """
@@ -61,8 +62,8 @@ class Estimate:
         down, across = (-(-cells // region.size) for cells in (region.rows, region.columns))
         self._order = _order(region, down, seed)
         self._drawn = torch.zeros(down, 1, dtype=torch.float64)
-        self._sum = torch.zeros(down, across, dtype=torch.float64)
-        self._squares, self._largest = torch.zeros_like(self._sum), torch.zeros_like(self._sum)
+        self.sums = torch.zeros(down, across, dtype=torch.float64)
+        self.squares, self._largest = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
         self._there = torch.full_like(self._drawn, region.size)
         self._there[-1] = region.rows - region.size * (down - 1)
         self._cells, self.keys = self._visible(down, across)
@@ -77,8 +78,16 @@ class Estimate:
         """Whether every query of the region was computed."""
         return self.taken == self.region.rows
 
-    def advance(self, count: int) -> None:
-        """Compute `count` more queries, or those that are left."""
+    @property
+    def per_cell(self) -> Tensor:
+        """1 / V: what one query's weight on a block counts per visible cell; NaN where masked."""
+        return 1 / self._cells
+
+    def advance(self, count: int) -> tuple[Tensor, Tensor]:
+        """Compute `count` more queries, or those that are left.
+
+        Returns their blocks [count], and their weights on each block of keys [count, blocks].
+        """
         region = self.region
         rows = self._order[self.taken : self.taken + count].sort().values
         stop = region.left + region.columns
@@ -88,16 +97,17 @@ class Estimate:
         # Widened after the sum, which adds in pairs: before it, it takes as long as the product.
         sums = padded.sum(-1).double()
         block = rows // region.size
-        self._sum.index_add_(0, block, sums)
-        self._squares.index_add_(0, block, sums.square())
+        self.sums.index_add_(0, block, sums)
+        self.squares.index_add_(0, block, sums.square())
         place = block[:, None].expand_as(sums)
         self._largest.scatter_reduce_(0, place, padded.amax(-1).double(), "amax")
         self._drawn.index_add_(0, block, torch.ones(len(rows), 1, dtype=torch.float64))
         self.taken += len(rows)
+        return block, sums
 
     def mean(self) -> Tensor:
         """Mean weight over the visible cells of each block, float64; NaN where all are masked."""
-        return self._there / self._cells * self._sum / self._drawn
+        return self._there / self._cells * self.sums / self._drawn
 
     def largest(self) -> Tensor:
         """The largest weight of the drawn queries in each block, at most that of all."""
@@ -105,9 +115,13 @@ class Estimate:
 
     def error(self) -> Tensor:
         """The standard error of `mean`, 0 once a block's queries are all there."""
+        return self.error_of(self.per_cell * self.sums, self.per_cell.square() * self.squares)
+
+    def error_of(self, sums: Tensor, squares: Tensor) -> Tensor:
+        """The standard error of S / s sums, of numbers of the drawn queries and their squares."""
         s, whole = self._drawn, self._there
-        variance = (self._squares - self._sum.square() / s).clamp(min=0) / (s - 1).clamp(min=1)
-        found = whole / self._cells * (variance / s * (1 - s / whole)).sqrt()
+        variance = (squares - sums.square() / s).clamp(min=0) / (s - 1).clamp(min=1)
+        found = whole * (variance / s * (1 - s / whole)).sqrt()
         return torch.where((s < 2) & (s < whole), torch.inf, found)
 
     def _padded(self, numbers: Tensor) -> Tensor:
@@ -153,7 +167,16 @@ def _order(region: Region, down: int, seed: int) -> Tensor:
     return rounds[rounds < region.rows]
 
 
-def typical_error(estimate: Estimate) -> float:
+class Means(Protocol):
+    """Means of blocks, and their standard errors."""
+
+    @property
+    def is_exact(self) -> bool: ...
+    def mean(self) -> Tensor: ...
+    def error(self) -> Tensor: ...
+
+
+def typical_error(estimate: Means) -> float:
     """The root mean square of all standard errors, by that of all means: one number for a map."""
     mean, error = estimate.mean(), estimate.error()
     there = ~mean.isnan()

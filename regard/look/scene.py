@@ -54,6 +54,8 @@ class Scene:
     dtype: what the model computed in
     image: the picture that the model was given, if its tokens are patches of one
     beside: another run, whose calls have the shapes of these
+    label: what the reader calls this run, "" for its title
+    sources: the paths it was read from: the model's, and that of the text or the arrays
     """
 
     title: str
@@ -65,6 +67,8 @@ class Scene:
     dtype: str = "float32"
     image: Image | None = None
     beside: Scene | None = None
+    label: str = ""
+    sources: tuple[str, ...] = ()
 
     def placed_beside(self, other: Scene) -> Scene:
         """The scene with another run beside it; raises ShapeError unless their shapes agree."""

@@ -51,7 +51,12 @@ def of_text(
     batch, tokens, cut = _encode(text, tokenizer, network.config, limit)
     notes += cut
     scene = of_model(network, batch, tokens=tokens, layers=layers, title=title)
-    return replace(scene, notes=(*notes, *scene.notes), pooling=_pooling(directory))
+    return replace(
+        scene,
+        notes=(*notes, *scene.notes),
+        pooling=_pooling(directory),
+        sources=(str(directory),),
+    )
 
 
 def of_file(
@@ -70,7 +75,8 @@ def of_file(
     if path.suffix != ".npz" and _metadata(path).get("format") == "regard":
         return _of_saved(path, causal=causal, limit=limit, layers=layers)
     arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-    return of_arrays(arrays, causal=causal, limit=limit, layers=layers, title=path.name)
+    scene = of_arrays(arrays, causal=causal, limit=limit, layers=layers, title=path.name)
+    return replace(scene, sources=(str(path),))
 
 
 def _of_saved(
@@ -86,7 +92,7 @@ def _of_saved(
     if not isinstance(saved, Attention):
         raise SourceError(f"{path.name} holds {saved!r}, a part; A.save(path) writes a matrix")
     scene = of_calls(path.name, [own.of_matrix("the saved matrix", saved)], layers=layers)
-    return replace(scene, title=path.name)
+    return replace(scene, title=path.name, sources=(str(path),))
 
 
 def minilm() -> Path:

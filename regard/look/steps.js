@@ -12,10 +12,7 @@ const TAUGHT = [
   ["q, k, v", (layer) => (layer.d ? "Every input is multiplied by three learned matrices: "
     + `qᵢ = W^q aᵢ asks, kⱼ = W^k aⱼ answers, vⱼ = W^v aⱼ is what is handed on. ${makers(layer)}`
     : null)],
-  ["rotary", (layer) => (layer.turned ? "Position: each pair of numbers of q and k is turned by an angle that "
-    + "grows with the token’s position, so that q · k depends on how far apart the two tokens are. The angles "
-    + "were found by comparing what the layer made with what it multiplied; q and k before are turned back by "
-    + `them.${layer.turned.key ? "" : " (Keys of a cache were turned in earlier steps.)"}` : null)],
+  ["rotary", (layer) => rotaryWords(layer)],
   ["α = q · k", (layer) => (layer.scale ? "Relevance is a dot product: multiply qᵢ and kⱼ number by "
     + "number and add up. Open a number to see its products." : null)],
   ["scale", (layer) => (layer.scale ? `Times ${number(layer.scale)}`

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from regard.errors import ShapeError
 from regard.look import visible
+from regard.look.paired import Paired
+from regard.look.record import Captured
 from regard.look.sampled import Estimate, Region, typical_error
 from regard.look.scene import Scene
 from regard.look.spot import spot_of
+from regard.look.titles import names_of, of_both
 
 BLOCKS = 128  # per side of the map, at most
 ROWS = 64  # computed before anybody may ask for something else: 32 MiB at 131,072 keys
@@ -30,13 +33,13 @@ TOP = 12  # keys in the table of one query
 class Stream:
     """Answers about a scene, while a thread refines the region that was asked for last.
 
-    scene: its calls may have any length
+    scene: its calls may have any length; of two runs, both are computed from the same queries
     Raises nothing; `close` ends the thread.
     """
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
-        self._regions: OrderedDict[Region, Estimate] = OrderedDict()
+        self._regions: OrderedDict[Region, Estimate | Paired] = OrderedDict()
         self._current: Region | None = None
         self._asked = 0.0
         self._heads = [(c.number, head) for c in scene.captured for head in range(c.query.shape[1])]
@@ -94,18 +97,11 @@ class Stream:
             if self._failed is not None:
                 raise ShapeError(f"the map could not be computed: {self._failed}")
             estimate = self._regions.get(region)
-        return {**_told(region, estimate), "labels": self._labels_of(region, (n, m))}
-
-    def _labels_of(self, region: Region, lengths: tuple[int, int]) -> list[list[str] | None]:
-        """The words of rows and columns, where each cell stands alone and tokens are known."""
-        labels = self._scene.tokens.labels
-        ranges = (region.top, region.rows), (region.left, region.columns)
-        return [
-            list(labels[start : start + count])
-            if region.size == 1 and len(labels) == length
-            else None
-            for length, (start, count) in zip(lengths, ranges, strict=True)
-        ]
+        told = {**_told(region, estimate), "labels": _labels_of(self._scene, region, (n, m))}
+        if isinstance(estimate, Paired) and "mean" in told:
+            other = _labels_of(self._scene.beside, region, (n, m))
+            told["beside"] = {**_difference(estimate), "labels": other}
+        return told
 
     def _small(self, given: Mapping[str, str]) -> dict[str, Any]:
         """The small pictures of heads that are there, once there are more than `seen`."""
@@ -183,14 +179,38 @@ class Stream:
         estimate = self._regions.get(self._current)
         return estimate is None or not estimate.is_exact
 
-    def _opened(self, region: Region) -> Estimate:
+    def _opened(self, region: Region) -> Estimate | Paired:
         call = spot_of(self._scene, region.number, region.head, 0, 0).call
-        estimate = Estimate(call, region)
+        other = self._other(call)
+        estimate = Estimate(call, region) if other is None else Paired((call, other), region)
         with self._news:
             self._regions[region] = estimate
             if len(self._regions) > KEPT:
                 self._regions.popitem(last=False)
         return estimate
+
+    def _other(self, call: Captured) -> Captured | None:
+        """The call of the run beside this one, if there is one."""
+        beside = self._scene.beside
+        # Not by number, which is the other model's own: the shapes were compared in this order.
+        return None if beside is None else beside.captured[self._scene.captured.index(call)]
+
+    def _beside(self, call: Captured, head: int, i: int, j: int) -> dict[str, Any] | None:
+        """The weight of the other run where one of this run is read."""
+        other = self._other(call)
+        if other is None:
+            return None
+        seen = visible.at(other, torch.tensor([i]), torch.tensor([j]))
+        with torch.inference_mode():
+            row = other.matrix[0, head, i]
+        assert isinstance(row, Tensor)
+        return {
+            "weight": float(row[j]) if bool(seen[head % len(seen), 0]) else None,
+            "labels": [
+                _label(self._scene.beside, at, length)
+                for at, length in ((i, other.query.shape[2]), (j, len(row)))
+            ],
+        }
 
     def _cell(self, given: Mapping[str, str]) -> dict[str, Any]:
         """One weight, exactly, and the keys to which its query gives most."""
@@ -211,9 +231,13 @@ class Stream:
             "logit": float(logit) if bool(logit.isfinite()) else None,
             "keys": keys,
             "entropy": float(torch.special.entr(row.double()).sum()),
-            "labels": [self._label(i, call.query.shape[2]), self._label(j, len(row))],
+            "labels": [
+                _label(self._scene, i, call.query.shape[2]),
+                _label(self._scene, j, len(row)),
+            ],
+            "beside": self._beside(call, head, i, j),
             "top": [
-                {"key": key, "label": self._label(key, len(row)), "weight": weight}
+                {"key": key, "label": _label(self._scene, key, len(row)), "weight": weight}
                 for key, weight in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             ],
         }
@@ -240,9 +264,10 @@ class Stream:
         later = [at for at in found if at > start] or found
         return {"at": later[0] if later else None, "count": len(found)}
 
-    def _label(self, at: int, length: int) -> str:
-        labels = self._scene.tokens.labels
-        return labels[at] if len(labels) == length else f"#{at}"
+
+def _label(scene: Scene | None, at: int, length: int) -> str:
+    labels = () if scene is None else scene.tokens.labels
+    return labels[at] if len(labels) == length else f"#{at}"
 
 
 def about(scene: Scene) -> dict[str, Any]:
@@ -254,6 +279,7 @@ def about(scene: Scene) -> dict[str, Any]:
         "notes": scene.notes,
         "blocks": BLOCKS,
         "labelled": len(scene.tokens.labels),
+        "beside": scene.beside and {"title": of_both(scene), "names": names_of(scene)},
         "layers": [
             {
                 "number": call.number,
@@ -273,7 +299,20 @@ def _row_of(mask: Tensor, head: int, i: int, m: int, causal: bool) -> Tensor:
     return row & (torch.arange(m) <= i) if causal else row
 
 
-def _told(region: Region, estimate: Estimate | None) -> dict[str, Any]:
+def _labels_of(
+    scene: Scene | None, region: Region, lengths: tuple[int, int]
+) -> list[list[str] | None]:
+    """The words of rows and columns, where each cell stands alone and tokens are known."""
+    labels = () if scene is None else scene.tokens.labels
+    ranges = (region.top, region.rows), (region.left, region.columns)
+    return [
+        list(labels[start : start + count]) if region.size == 1 and len(labels) == length else None
+        for length, (start, count) in zip(lengths, ranges, strict=True)
+    ]
+
+
+def _told(region: Region, found: Estimate | Paired | None) -> dict[str, Any]:
+    estimate = found.here if isinstance(found, Paired) else found
     if estimate is None or estimate.taken < estimate.first:
         return {"taken": 0 if estimate is None else estimate.taken, "of": region.rows}
     mean, error = estimate.mean(), estimate.error()
@@ -291,6 +330,17 @@ def _told(region: Region, estimate: Estimate | None) -> dict[str, Any]:
         "error": None if estimate.is_exact else _listed(error),
         "keys": estimate.keys.tolist(),
         "typicalError": typical_error(estimate),
+    }
+
+
+def _difference(paired: Paired) -> dict[str, Any]:
+    """The other run, and what this one has more of it, with the error that sampling makes."""
+    mean, error = paired.there.mean(), paired.error()
+    return {
+        "mean": _listed(mean),
+        "keys": paired.there.keys.tolist(),
+        "error": None if paired.is_exact else _listed(error),
+        "typicalError": typical_error(paired),
     }
 
 

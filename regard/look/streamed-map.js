@@ -18,15 +18,13 @@ function tokenName(at, length) {
   return label === `#${at}` ? label : `${label} (${at})`;
 }
 
-/** @param {any} told an answer @returns {{mean: Plane, max: Plane}} */
-function planesOf({ mean, largest, keys, size, rows, columns }) {
-  const plane = (numbers) => {
-    const weight = Float32Array.from(numbers, (x) => (x === null ? NaN : x));
-    return { size, rows, columns, weight,
-      lift: weight.map((x, at) => x * keys[Math.floor(at / columns)]) };
-  };
-  return { mean: plane(mean), max: plane(largest) };
+/** @param {any} told an answer @param {(number | null)[]} numbers of its blocks @returns {Plane} */
+function planeOf({ keys, size, rows, columns }, numbers) {
+  const weight = Float32Array.from(numbers, (x) => (x === null ? NaN : x));
+  return { size, rows, columns, weight, lift: weight.map((x, at) => x * keys[Math.floor(at / columns)]) };
 }
+/** @param {any} told an answer @returns {{mean: Plane, max: Plane}} */
+function planesOf(told) { return { mean: planeOf(told, told.mean), max: planeOf(told, told.largest) }; }
 
 /** @param {number} l @param {number} h @returns {Plane | null} */
 function thumbPlane(l, h) {
@@ -71,7 +69,7 @@ function standIn() {
 function drawMap() {
   if (!shown) return;
   const { layer, planes, origin, told } = shown, plane = planes[state.plane];
-  const wide = Math.min(SIDE + 64, element("map-box").clientWidth - 4);
+  const wide = Math.min(SIDE + 64, widthOf("map-box") - 4);
   const room = Math.max(220, Math.min(wide, Math.max(400, innerHeight - 380)));
   const { words, ruler } = rulerRoom(layer, plane, origin, room);
   const cell = (room - ruler) / Math.max(plane.rows, plane.columns);
@@ -89,6 +87,7 @@ function drawMap() {
   canvas.classList.toggle("movable", Boolean(state.view));
   canvas.dataset.shown = told ? JSON.stringify({ box, cell, ...origin, size: plane.size,
     rows: plane.rows, columns: plane.columns }) : "";
+  drawBeside();
   element("map-title").textContent = `Layer ${layer.number}, head ${state.head}`;
   element("map-hint").textContent = `${layer.name}. Rows are queries i, columns are keys j; each row `
     + `of the whole matrix sums to 1. ${layer.masked ? "Hatched cells are masked. " : ""}`

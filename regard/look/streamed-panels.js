@@ -44,4 +44,5 @@ const PANELS = {
     body: () => traced(element("row")), title: () => [...headOf("One row"),
       `query ${tokenName(state.i, page.layers[state.layer].n)}`,
       element("row-hint").textContent || ""] },
+  beside: besidePanel(),
 };

@@ -83,8 +83,7 @@ async function refine() {
       progress.value = told.taken / told.of;
       if (!told.mean) continue;
       seen = told.taken;
-      (told.labels[0] || []).forEach((label, at) => known.set(told.top + at, label));
-      (told.labels[1] || []).forEach((label, at) => known.set(told.left + at, label));
+      keepLabels(told);
       shown = { layer, head, origin: { top: told.top, left: told.left }, told, planes: planesOf(told) };
       drawMap();
       drawQuality(told);
@@ -179,6 +178,7 @@ async function readCell() {
     element("readout").dataset.weight = String(told.weight);
     if (layer.n === page.labelled) known.set(i, told.labels[0]);
     if (layer.m === page.labelled) known.set(j, told.labels[1]);
+    keepBeside(told, i, j);
     element("query-token").textContent = told.labels[0];
     element("key-token").textContent = told.labels[1];
     element("row-title").textContent = `Query ${i}: its largest weights`;
@@ -245,6 +245,7 @@ function start() {
   buildScale();
   buildSaving();
   buildHeads();
+  buildBeside();
   readHash();
 }
 

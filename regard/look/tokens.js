@@ -66,13 +66,19 @@ function text(view) {
       span.style.backgroundColor = css(colour);
       span.style.color = inkOn(colour);
     }
-    span.addEventListener("click", () => view.pick(at));
-    span.addEventListener("mousemove", (event) => tip(event, view.pair(at)));
-    span.addEventListener("mouseleave", hideTip);
     if (at > start && !isJoined(at, view.length)) box.append(" ");
     box.append(span);
   }
   if (stop < view.length) box.append(` … ${view.length - stop} after`);
+  // One listener for hundreds of words, which are made anew at every change.
+  const told = (event, act) => {
+    const word = event.target instanceof Element ? event.target.closest(".word") : null;
+    if (word) act(Number(/** @type {HTMLElement} */ (word).dataset[view.axis]));
+    else hideTip();
+  };
+  box.addEventListener("click", (event) => told(event, view.pick));
+  box.addEventListener("mousemove", (event) => told(event, (at) => tip(event, view.pair(at))));
+  box.addEventListener("mouseleave", hideTip);
   return box;
 }
 
@@ -80,16 +86,16 @@ function text(view) {
  * @param {any} view */
 function profile(view) {
   const canvas = /** @type {HTMLCanvasElement} */ (make("canvas", { className: "profile" }));
-  const width = Math.max(200, element("sent").clientWidth - 2), height = 56, all = view.weights;
-  const context = fit(canvas, width, height), style = getComputedStyle(document.body);
+  const width = Math.max(200, widthOf("sent") - 2), height = 56, all = view.weights;
+  const context = fit(canvas, width, height);
   const largest = all.reduce((most, weight) => Math.max(most, weight || 0), 1e-30);
-  context.fillStyle = style.getPropertyValue("--fill");
+  context.fillStyle = colourOf("--fill");
   const column = Math.max(1, width / all.length);
   all.forEach((weight, at) => {
     const tall = (height - 2) * (weight || 0) / largest;
     context.fillRect(at * width / all.length, height - tall, column, tall);
   });
-  context.fillStyle = style.getPropertyValue("--accent");
+  context.fillStyle = colourOf("--accent");
   context.fillRect((view.chosen + 0.5) * width / all.length - 1, 0, 2, 5);
   const position = (event) => Math.max(0, Math.min(all.length - 1,
     Math.floor(event.offsetX / width * all.length)));

@@ -98,7 +98,9 @@ function follow() {
 
 /** Offer both planes where cells are pooled. @param {number} size */
 function offerPlanes(size) {
-  const view = /** @type {HTMLSelectElement} */ (element("view"));
+  const view = /** @type {HTMLSelectElement} */ (element("view")), now = `${size} ${state.plane}`;
+  if (view.dataset.offered === now) return;
+  view.dataset.offered = now;
   const words = { mean: `mean of ${size} × ${size} cells`, max: `largest of ${size} × ${size} cells` };
   view.replaceChildren(...Object.entries(words).map(([value, textContent]) =>
     make("option", { value, textContent })));
@@ -116,7 +118,7 @@ function drawMini(layer) {
   const context = fit(canvas, width, height);
   const plane = thumbPlane(state.layer, state.head);
   if (plane) context.putImageData(planeImage(context, plane, { width, height }), 0, 0);
-  context.strokeStyle = getComputedStyle(document.body).getPropertyValue("--accent");
+  context.strokeStyle = colourOf("--accent");
   context.lineWidth = 2;
   const inside = (length) => Math.max(3, Math.min(length, view.span) * side);
   context.strokeRect(view.left * side, view.top * side, inside(layer.m), inside(layer.n));
