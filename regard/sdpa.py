@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
             f"query has {heads} heads and key {key_heads}; with enable_gqa=True each key head is "
             "shared by a group of query heads."
         )
-    return matrix @ value
+    return matrix.matmul(value)
 
 
 class sdpa_kernel(TorchFunctionMode):  # in lower case, as in torch.nn.attention

@@ -99,7 +99,7 @@ def attend(
         normalizer=Softmax() if sinks is None else Softmax(sink=sinks.reshape(-1).to(query.dtype)),
         dropout=Dropout(float(dropout)) if dropout and module.training else None,
     )
-    output = (matrix @ value).transpose(1, 2).contiguous()
+    output = matrix.matmul(value).transpose(1, 2).contiguous()
     return output, _to_keep(matrix, asked)
 
 

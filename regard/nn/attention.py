@@ -89,7 +89,7 @@ class Heads(nn.Module):
                 normalizer=normalizer,
                 dropout=dropout,
             )
-            output = matrix @ value
+            output = matrix.matmul(value)
         position = matrix.position
         more = None if position is None else position.on_output(matrix)
         if more is not None:

@@ -135,7 +135,7 @@ class KVCache(State):
             normalizer=parts.normalizer,
             dropout=parts.dropout,
         )
-        return matrix @ values, matrix
+        return matrix.matmul(values), matrix
 
     def _mask(self, before: int) -> Mask:
         if self.left is None:

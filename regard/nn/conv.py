@@ -126,7 +126,7 @@ class ConvAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [*batch, in_channels, *size] -> outputs [*batch, out_channels, *out]."""
         size = self.size_of(x)
-        return self.project(self.matrix(size, x) @ self.tokens(x), size)
+        return self.project(self.matrix(size, x).matmul(self.tokens(x)), size)
 
     def size_of(self, x: Tensor) -> tuple[int, ...]:
         """The size of an input [*batch, in_channels, *size]; an error if it is none."""

@@ -32,7 +32,7 @@ class Mixture:
 
     def __matmul__(self, value: Tensor) -> Tensor:
         """Both products, mixed."""
-        return self._mix(self.content @ value, self.position @ value)
+        return self._mix(self.content.matmul(value), self.position.matmul(value))
 
     def __getitem__(self, index: Any) -> Tensor:
         """Weights of rows, `M[..., rows, :]`: [*batch, heads, r, m]."""

@@ -266,7 +266,8 @@ def _weights(matrix: Attention, wanted: bool | str, average: bool) -> Tensor | A
     if not wanted:
         return None
     if torch.compiler.is_compiling():  # looking breaks a graph; the product with ones does not
-        weights = matrix @ torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        weights = matrix.matmul(eye)
     else:
         weights = matrix.dense(limit=matrix.shape.numel())
     return weights.mean(-3) if average else weights
