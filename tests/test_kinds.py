@@ -157,3 +157,37 @@ def test_names_of_layers_may_stop_where_they_are_clear():
         seen["layers"]
     with pytest.raises(ShapeError, match=r"no layer 'layers.1.self' here"):
         seen["layers.1.self"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("deviation", [0.0, 1.0, 4.0])
+def test_random_heads_hardly_have_a_name_but_broad_or_none(causal, deviation):
+    torch.manual_seed(0)
+    labels = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "sat"]
+    for n in (10, 40, 160):
+        query, key = deviation * torch.randn(100, n, 64), torch.randn(100, n, 64)
+        tokens = [labels[at % 10] for at in range(n)]
+        table = look({"query": query, "key": key, "tokens": tokens}, causal=causal).table()
+        names = [row.kind for row in table]
+        # Three standard errors on one side of a normal distribution, for each of seven kinds.
+        assert sum(name not in ("broad", "none") for name in names) <= 7 * 0.00135 * len(names) + 1
+        assert deviation > 1 or set(names) == {"broad"}
+
+
+def test_the_error_of_a_score_is_that_of_a_mean():
+    torch.manual_seed(0)
+    mass, rows = torch.rand(3, 9), torch.arange(9)[None] > 2
+    told = kinds.error_of(mass, rows)
+    torch.testing.assert_close(told, mass[:, 3:].std(1) / 6**0.5)
+
+
+def test_few_queries_that_differ_earn_no_name():
+    """Two of five copies are attended to: 40 % of the weight, three errors of which are 73 %."""
+    scores = kinds.Scores(
+        kinds.KINDS[1],
+        torch.tensor([0.4, 0.4]),
+        torch.tensor([0.1, 0.1]),
+        5,
+        torch.tensor([0.245, 0.05]),
+    )
+    assert scores.met.tolist() == [False, True]

@@ -16,9 +16,9 @@ function kindChip(kind) {
 /** Whether a score earns its kind's name. @param {any} kind @param {any} scores
  * @param {number} head */
 function isEarned(kind, scores, head) {
-  const enough = scores.score[head] >= kind.threshold;
-  return enough && (kind.name === "broad"
-    || scores.score[head] >= page.aboveChance * scores.chance[head]);
+  const score = scores.score[head], chance = scores.chance[head];
+  return score >= kind.threshold && (kind.name === "broad"
+    || score >= Math.max(page.aboveChance * chance, chance + page.errorsAbove * scores.error[head]));
 }
 
 /** The kinds of the selected head as rows of numbers, also for its CSV.
@@ -53,8 +53,8 @@ function drawKinds() {
     make("table", { className: "kinds" }, make("thead", {}, make("tr", {}, ...heads)), body));
   element("kinds-hint").textContent = "Score: the share of a query’s weight that lies on the "
     + "pattern (hover for its words), averaged over the queries that have it. A head is named "
-    + `after the first kind whose score reaches what it needs and ${page.aboveChance}× chance, `
-    + "which is the score of equal weights. " + sinkShare(layer, head);
+    + `after the first kind whose score reaches what it needs and ${page.aboveChance}× chance, which is the `
+    + `score of equal weights, and lies ${page.errorsAbove} standard errors above it. ${sinkShare(layer, head)}`;
 }
 
 /** @param {any} row */

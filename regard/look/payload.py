@@ -81,6 +81,7 @@ def payload(scene: Scene) -> dict[str, Any]:
         },
         "kinds": [asdict(kind) for kind in kinds.KINDS],
         "aboveChance": kinds.ABOVE_CHANCE,
+        "errorsAbove": kinds.ERRORS_ABOVE,
         "layers": runs[0],
         "beside": beside
         and {
@@ -359,7 +360,12 @@ def _statistics(found: HeadStatistics) -> dict[str, Any]:
         if tensor is None or isinstance(tensor, Tensor)
     }
     scores = {
-        x.kind.name: {"score": x.score.tolist(), "chance": x.chance.tolist(), "queries": x.queries}
+        x.kind.name: {
+            "score": x.score.tolist(),
+            "chance": x.chance.tolist(),
+            "error": x.error.tolist(),
+            "queries": x.queries,
+        }
         for x in found.scores
     }
     return {**numbers, "kinds": found.kinds, "scores": scores}

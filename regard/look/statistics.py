@@ -72,15 +72,15 @@ def of_call(call: Captured, tokens: Tokens, found: Statistics | None = None) -> 
         chance = seen.sum() / allowed.float()
         by_name = {kind.name: kind for kind in kinds.KINDS}
         on_sink = (first if special is None else special) + (0 if sink is None else sink)
-        scored["sink"] = kinds.Scores(
-            by_name["sink"], on_sink, mean(chance.expand_as(rows)), queries
-        )
+        zero = torch.zeros_like(on_sink)  # one column for all queries: not a mean of their own sets
+        even = mean(chance.expand_as(rows))
+        scored["sink"] = kinds.Scores(by_name["sink"], on_sink, even, queries, zero)
         several = rows & (allowed > 1)  # one key alone is neither broad nor narrow
         asked = several.sum(-1)
         if int(asked.min()) >= kinds.QUERIES_AT_LEAST:
             share = torch.where(several, found.entropy[0].exp() / allowed, 0).sum(-1) / asked
             even = torch.ones_like(share)
-            scored["broad"] = kinds.Scores(by_name["broad"], share, even, int(asked.min()))
+            scored["broad"] = kinds.Scores(by_name["broad"], share, even, int(asked.min()), zero)
     scores = tuple(x for kind in kinds.KINDS if (x := scored.get(kind.name)) is not None)
     return HeadStatistics(
         mean(found.entropy[0]),
