@@ -114,7 +114,7 @@ struct Decays {
   }
 
   // 0 for keys after the query.
-  void hide(T* square, int64_t g, int64_t rows) const {
+  static void hide(T* square, int64_t g, int64_t rows) {
     const int64_t first = g * GROUP<T>;
     each_vector(square + first * ROWS + first * GROUP<T>, rows - first,
                 [&](Vec<T> x, int64_t r, int q) __attribute__((always_inline)) {

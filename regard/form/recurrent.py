@@ -156,13 +156,14 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     d, lanes = _features(matrix), math.prod(matrix.shape[:-2])
     if not _causal(matrix):
         return "one state of all keys, in PyTorch", lanes * d * d * size, 1
+    erases = isinstance(score, Features) and score.erases
+    by_channel = isinstance(score, Features) and score.by_channel
     reason = scan.needs_of(matrix)
     if reason is None:
         how = f"a state and chunks of tokens, in C++ for {cpu.instruction_set()}"
-        e = matrix.key.shape[-1]
-        return how, lanes * recurrence.state_bytes(matrix.shape[-1], d, e, size), chunks.CHUNK
-    erases = isinstance(score, Features) and score.erases
-    by_channel = isinstance(score, Features) and score.by_channel
+        n, e = matrix.shape[-1], matrix.key.shape[-1] + (scan.eps(matrix.normalizer) is not None)
+        apart = erases or by_channel
+        return how, lanes * recurrence.state_bytes(n, d, e, size, sums_apart=apart), chunks.CHUNK
     on_gpu = chunks_gpu.kernel(matrix.query.device, matrix.shape[-1], erases, by_channel)
     if on_gpu.states:
         return on_gpu.said, lanes * on_gpu.states * d * d * size, chunks_gpu.CHUNK
@@ -186,8 +187,12 @@ def flops(matrix: Attention, out: int) -> int:
     rows, chunk = min(n, tokens), min(chunks.CHUNK, max(tokens, 1))
     once = rows * (chunk * (d + e) + d * e) + tokens * d * e
     if isinstance(matrix.score, Features) and matrix.score.erases:
-        solved = chunk * (5 * d + 3 * e) // 2 + d * d + d * e + d * d * e // chunk
-        once += rows * (chunk * (d + e) + d * e) + tokens * solved
+        if scan.needs_of(matrix) is None:
+            solved, answered = chunk * (4 * d + 3 * e) // 2 + 2 * d * e, chunk * (d + e)
+        else:  # what a chunk does to any state, so that all are done at once
+            solved = chunk * (5 * d + 3 * e) // 2 + d * d + d * e + d * d * e // chunk
+            answered = chunk * (d + e) + d * e
+        once += rows * answered + tokens * solved
     return 2 * lanes * once
 
 
