@@ -244,3 +244,63 @@ def test_a_forgotten_state_may_overflow(row):
         given["value"][:, :128] *= 1e300
     for got, wanted in zip(*found, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("name", ["log_decay", "beta"])
+@pytest.mark.parametrize("wide", [1, 5])
+@pytest.mark.parametrize("at", [0, 3, 70, 71, 100, 199])
+def test_a_document_ends_what_nan_did(at, wide, name, kernels, monkeypatch):
+    """As in dense: outputs of the same document, from the first pair that the token is between."""
+    if not kernels:
+        monkeypatch.setattr(scan, "KERNELS", None)
+    draw = torch.Generator().manual_seed(3)
+    query, key, value = torch.randn(3, 2, 200, 5, generator=draw, dtype=torch.float64)
+    told = {
+        "log_decay": -torch.rand(2, 200, wide, generator=draw, dtype=torch.float64),
+        "beta": torch.rand(2, 200, 1, generator=draw, dtype=torch.float64),
+    }
+    ids = torch.arange(4).repeat_interleave(torch.tensor([70, 1, 64, 65]))
+    mask, clean = Causal() & Documents(ids), {key: x.clone() for key, x in told.items()}
+    told[name][0, at] = torch.nan
+    if name == "log_decay":
+        del told["beta"], clean["beta"]
+    found = []
+    for parts in (told, clean):
+        leaf = value.clone().requires_grad_()
+        A = attention(query, key, score=Features(unit, **parts), mask=mask, normalizer=Identity())
+        output = A.matmul(leaf, form="recurrent")
+        met = A.matmul(value, form="dense").isnan()
+        assert torch.equal(output.isnan(), met)
+        output.masked_fill(met, 0).sum().backward()
+        assert leaf.grad.isfinite().all()
+        found.append((output, leaf.grad))
+    end = int((ids <= ids[at]).sum())
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got[0, end:], wanted[0, end:], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(got[1], wanted[1], rtol=1e-13, atol=1e-13)
+
+
+def test_nan_reaches_the_state_of_its_own_document():
+    query, key, value = torch.randn(3, 2, 100, 5, dtype=torch.float64)
+    decay = -torch.rand(2, 100, 5, dtype=torch.float64)
+    decay[0, 20] = decay[1, 80] = torch.nan
+    ids = torch.arange(100) // 50
+    A = attention(
+        query,
+        key,
+        score=Features(log_decay=decay),
+        mask=Causal() & Documents(ids),
+        normalizer=Identity(),
+    )
+    _, state = recur(A, value)
+    assert state[0].isfinite().all()
+    assert state[1].isnan().all()
+    first = attention(
+        query[:, :1],
+        key[:, :1],
+        score=Features(log_decay=decay[:1, 20:21].clone()),
+        mask=Causal(),
+        normalizer=Identity(),
+    )
+    assert recur(first, value[:, :1], state)[1].isnan().all()

@@ -29,6 +29,7 @@ from regard.form.chunks import Tokens
 from regard.form.groups import Groups
 from regard.form.past import Past, past
 from regard.form.tiles import compute_dtype
+from regard.form.unknown import without_nan
 from regard.kernel import cpu, recurrence
 from regard.kernel.recurrence import How
 from regard.normalizer import Identity, Normalizer, RowSum, Softmax
@@ -361,18 +362,21 @@ def _since_start(
     assert offset is not None
     n = query.shape[-2]
     before, early, last = max(offset, 0), min(max(-offset, 0), n), max(n + offset, 0)
-    lined = tokens._replace(query=None).lengthened(last)
+    lined, met = tokens._replace(query=None).lengthened(last), None
     if found.begins is not None:
-        begins = F.pad(found.begins[..., early:], (before, 0))[..., None]
+        begins = groups.split(F.pad(found.begins[..., early:], (before, 0))[..., None])
+        lined, met = without_nan(lined, begins, begun=given is not None)
         decay = query.new_zeros(1, 1) if lined.log_decay is None else lined.log_decay
-        decay = torch.where(groups.split(begins), -torch.inf, decay)
-        lined = lined._replace(log_decay=decay)
+        lined = lined._replace(log_decay=torch.where(begins, -torch.inf, decay))
     state = _begun(lined, given, groups, sums=how.eps is not None)
     if before:
         _, state = scan.scan(lined.part(slice(0, before)), state, how)
     rest = lined.part(slice(before, last))._replace(query=query[..., early:, :])
     output, state = scan.scan(rest, state, how)
     assert output is not None
+    if met is not None:
+        output = torch.where(met[..., before:, :], torch.nan, output)
+        state = torch.where(met[..., -1:, :], torch.nan, state)
     return F.pad(output, (0, 0, early, 0)) if early else output, state
 
 
