@@ -182,7 +182,7 @@ class ChannelDecays {
     for (int64_t t = 0; t < count; t += GROUP<T>) {
       if (GROUP<T> <= half && !(t & half)) continue;
       const int64_t s = t / (2 * half) * 2 * half;
-      panel_apart(half, square + place<T>(s, t), rows_from(keys, s), entered.column_panel(int(t / GROUP<T>)),
+      panel(half, square + place<T>(s, t), rows_from(keys, s), entered.column_panel(int(t / GROUP<T>)),
             p.d, false);
     }
   }

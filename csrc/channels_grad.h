@@ -116,7 +116,7 @@ class ChannelSlopes : public ChannelDecays<T> {
       for (int64_t c = 0; c < padded; c += GROUP<T>)
         for (int y = 0; y < 2; ++y)
           if (of.asked[y])
-            panel_apart(some, products + row_place<T>(t, c), Matrix<T>{dpairs[y] + place<T>(s, t), 1, GROUP<T>},
+            panel(some, products + row_place<T>(t, c), Matrix<T>{dpairs[y] + place<T>(s, t), 1, GROUP<T>},
                         left[y] + row_place<T>(s, c), half, y > 0);
     }
   }
@@ -128,7 +128,7 @@ class ChannelSlopes : public ChannelDecays<T> {
         bool add = false;
         for (int x = 0; x < 2 && some > 0; ++x) {
           if (!of.ask[x]) continue;
-          panel_apart(half, products + row_place<T>(s, c),
+          panel(half, products + row_place<T>(s, c),
                       Matrix<T>{dpairs[x][y] + place<T>(s, t), GROUP<T>, 1, GROUP<T>, ROWS * GROUP<T>},
                       right[x] + row_place<T>(t, c), some, add);
           add = true;

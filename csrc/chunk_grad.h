@@ -26,7 +26,7 @@ template <class T>
 static void add_pairs(T* to, const T* square, const T* rows, int64_t count) {
   for (int64_t s = 0; s < count; s += GROUP<T>) {
     const int64_t some = count - s < GROUP<T> ? count - s : GROUP<T>;
-    panel_apart(some, to + s * GROUP<T>, by_keys(square, s, s), rows + s * GROUP<T>, count - s, true);
+    panel(some, to + s * GROUP<T>, by_keys(square, s, s), rows + s * GROUP<T>, count - s, true);
   }
 }
 

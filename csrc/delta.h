@@ -54,7 +54,7 @@ class TokenDecays {
     some.each([&](const Tile<T>& x, const Tile<T>& y, T* square) {
       for (int64_t g = 0; g * GROUP<T> < count; ++g) {
         const int64_t seen = count < (g + 1) * GROUP<T> ? count : (g + 1) * GROUP<T>;
-        panel_apart(seen, square + g * ROWS * GROUP<T>, rows_from(y.rows, 0), x.column_panel(int(g)), p.d,
+        panel(seen, square + g * ROWS * GROUP<T>, rows_from(y.rows, 0), x.column_panel(int(g)), p.d,
                     false);
         of.weigh(square, g, seen);
       }
@@ -160,9 +160,9 @@ class DeltaChunk {
       const int64_t seen = seen_by(t), some = seen - t;
       for (int64_t j = 0; j < columns.panels; ++j) {
         T *all = solved.row_panel(j * GROUP<T>), *to = all + t * GROUP<T>;
-        panel_apart(some, to, rows_from(entered, t), state + j * p.d * GROUP<T>, p.d, false);
-        panel_apart(some, to, by_queries(pairs.at[1][0], t), value.row_panel(j * GROUP<T>), seen, true);
-        panel_apart(some, to, by_queries(pairs.at[1][1], t), all, t, true);
+        panel(some, to, rows_from(entered, t), state + j * p.d * GROUP<T>, p.d, false);
+        panel(some, to, by_queries(pairs.at[1][0], t), value.row_panel(j * GROUP<T>), seen, true);
+        panel(some, to, by_queries(pairs.at[1][1], t), all, t, true);
       }
       for (int64_t u = t + 1; u < seen; ++u)
         for (int64_t j = 0; j < columns.panels; ++j)
@@ -184,7 +184,7 @@ class DeltaChunk {
   void add_products(T* state, const T* rows, const Tile<T>& values) const {
     for (int64_t j = 0; j < columns.panels; ++j)
       for (int64_t c = 0; c < p.d; c += GROUP<T>)
-        panel_apart(p.d - c < GROUP<T> ? p.d - c : GROUP<T>, state + (j * p.d + c) * GROUP<T>,
+        panel(p.d - c < GROUP<T> ? p.d - c : GROUP<T>, state + (j * p.d + c) * GROUP<T>,
               Matrix<T>{rows + c * ROWS, 1, GROUP<T>}, values.row_panel(j * GROUP<T>), count, true);
   }
 };
@@ -239,10 +239,10 @@ class Delta : public DeltaChunk<T, Decay> {
       for (int64_t t = 0; t < count; t += GROUP<T>) {
         const int64_t seen = Base::seen_by(t), c = j * GROUP<T>;
         T* to = output.row_panel(c) + t * GROUP<T>;
-        panel_apart(seen - t, to, rows_from(entered, t), state + c * p.d, p.d, false);
-        panel_apart(seen - t, to, Base::by_queries(pairs.at[0][0], t), value.row_panel(c), seen, true);
+        panel(seen - t, to, rows_from(entered, t), state + c * p.d, p.d, false);
+        panel(seen - t, to, Base::by_queries(pairs.at[0][0], t), value.row_panel(c), seen, true);
         if (Base::erases)
-          panel_apart(seen - t, to, Base::by_queries(pairs.at[0][1], t), Base::solved.row_panel(c), seen, true);
+          panel(seen - t, to, Base::by_queries(pairs.at[0][1], t), Base::solved.row_panel(c), seen, true);
       }
     output.write_rows(p, columns.of(p.output), columns.lane, first, count);
   }

@@ -54,7 +54,7 @@ class TokenSlopes : public TokenDecays<T> {
           const int64_t some = count - t < GROUP<T> ? count - t : GROUP<T>;
           of.weigh(square, t / GROUP<T>, t + some);
           for (int64_t c = 0; c < p.d; c += GROUP<T>)
-            panel_apart(some, dask[x] + row_place<T>(t, c), Matrix<T>{square + place<T>(0, t), 1, GROUP<T>},
+            panel(some, dask[x] + row_place<T>(t, c), Matrix<T>{square + place<T>(0, t), 1, GROUP<T>},
                         pairs.asked[y]->row_panel(c), t + some, true);
         }
         for (int64_t c = 0; c < p.d; c += GROUP<T>)
@@ -124,11 +124,11 @@ class DeltaGrad : public DeltaChunk<T, Slopes> {
     const T *leaves = decays.template faded<false>(write.rows, space), *square = pairs.at[1][1];
     for (int64_t j = 0; j < columns.panels; ++j) {
       T* rows = wanted.row_panel(j * GROUP<T>);
-      panel_apart(count, rows, rows_from(leaves, 0), slope + j * p.d * GROUP<T>, p.d, false);
+      panel(count, rows, rows_from(leaves, 0), slope + j * p.d * GROUP<T>, p.d, false);
       if (asks) add_pairs(rows, pairs.at[0][1], left.row_panel(j * GROUP<T>), count);
       for (int64_t t = (count - 1) / GROUP<T> * GROUP<T>; t >= 0; t -= GROUP<T>) {
         const int64_t seen = Base::seen_by(t);
-        panel_apart(seen - t, rows + t * GROUP<T>, by_keys(square, t, t + GROUP<T>), rows + seen * GROUP<T>,
+        panel(seen - t, rows + t * GROUP<T>, by_keys(square, t, t + GROUP<T>), rows + seen * GROUP<T>,
                     count - seen, true);
         for (int64_t s = seen - 2; s >= t; --s)
           Base::substitute(rows, s, square + place<T>(s, s + 1), 1, s + 1, seen);
@@ -141,7 +141,7 @@ class DeltaGrad : public DeltaChunk<T, Slopes> {
     const T* leaves = decays.template faded<false>(key.rows, space);
     for (int64_t j = 0; j < columns.panels; ++j) {
       T* rows = changed.row_panel(j * GROUP<T>);
-      panel_apart(count, rows, rows_from(leaves, 0), slope + j * p.d * GROUP<T>, p.d, false);
+      panel(count, rows, rows_from(leaves, 0), slope + j * p.d * GROUP<T>, p.d, false);
       if (asks) add_pairs(rows, pairs.at[0][0], left.row_panel(j * GROUP<T>), count);
       if (erases) add_pairs(rows, pairs.at[1][0], wanted.row_panel(j * GROUP<T>), count);
     }
@@ -181,14 +181,14 @@ class DeltaGrad : public DeltaChunk<T, Slopes> {
   void of_state(Tile<T>& to, const Tile<T>& by, const Tile<T>& rows) {
     const int64_t lines = columns.most * GROUP<T>;
     for (int64_t c = 0; c < p.d; c += GROUP<T>)
-      panel_apart(count, to.row_panel(c), rows_from(by.rows, 0), turned + c * lines, by.width, false);
+      panel(count, to.row_panel(c), rows_from(by.rows, 0), turned + c * lines, by.width, false);
     decays.template of_faded<ENTERS>(to.rows, rows.rows);
   }
 
   void of_square(T* square, const Tile<T>& by, const Tile<T>& values, bool earlier) {
     for (int64_t g = 0; g * GROUP<T> < count; ++g) {
       const int64_t seen = Base::seen_by(g * GROUP<T>);
-      panel_apart(seen, square + g * ROWS * GROUP<T>, rows_from(values.rows, 0), by.column_panel(int(g)),
+      panel(seen, square + g * ROWS * GROUP<T>, rows_from(values.rows, 0), by.column_panel(int(g)),
                   by.width, false);
       Decays<T>::hide(square, g, seen);
     }

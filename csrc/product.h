@@ -130,9 +130,4 @@ static __attribute__((noinline)) void panel_product(const Step& step, int64_t ro
 #undef REGARD_ROWS
 }
 
-template <class T>
-INLINE void panel_apart(int64_t rows, T* c, Matrix<T> a, const T* b, int64_t count, bool add) {
-  panel_product<TILE_VECTORS, T>(MultiplyApart{}, rows, c, GROUP<T>, a, b, count, add);
-}
-
 }  // namespace regard::REGARD_ISA
