@@ -9,8 +9,7 @@
 // work       2 n (0.6 ROWS (d + e) + 2 d e) flops, with erasing 2 n (0.6 ROWS (3 d + 3 e) + 2 d e) more: chunks
 //            come one after the other, so that no d x d matrix says what each does to any state
 // scratch    O(ROWS (d + e) + d e + ROWS^2) a thread
-// precision  in T, U by substitution; products are summed before a state or an output gets them, which
-//            halves the error of DeltaNet in float32
+// precision  in T, U by substitution
 // after      Yang et al. 2024, arXiv:2406.06484 (the delta rule in chunks), arXiv:2312.06635
 //
 // Columns of values do not meet: they are the lanes of vectors, panels [e / GROUP][d][GROUP] of a state,
