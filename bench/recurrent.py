@@ -2,6 +2,8 @@
 
 Training: causal linear attention in the form `recurrent`, in plain chunked PyTorch (all chunks at
 once, autograd keeps what it likes), and torch's softmax attention, one head of width 64.
+`--rows`: the rows of the family with a decay for each channel or with erasing, see
+`bench.recurrent_rows`.
 Decoding: time of one more token after t, and what is kept: softmax that computes the sequence
 again, softmax with a KV cache, and a recurrent state.
 A time is the median of the rounds, 5 up to 4096 tokens and 3 above: of the wall clock in training,
@@ -34,7 +36,7 @@ WIDTH, CHUNK = 64, 64
 QUADRATIC = 16384  # tokens above which what grows with their square is left out
 RECOMPUTED = 4096  # and what does so for each token
 RECOMPUTED = 4096  # and what does so for each token
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+Way = Callable[..., Tensor]
 
 
 def recurrent(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -108,11 +110,22 @@ def measure(name: str, n: int, heads: int) -> None:
     """The same, in this process."""
     call(WAYS[name], problem(2 * CHUNK, train=True))
     inputs = problem(n, heads, train=True)
-    room = [torch.ones(heads, n, WIDTH) for _ in range(4)]  # the output and the gradients
+    before = settled([*inputs, inputs[0]])  # gradients and the output
+    call(WAYS[name], inputs)
+    print(above(before))
+
+
+def settled(like: list[Tensor]) -> int:
+    """Bytes that the process holds with room for tensors like these."""
+    room = [torch.ones_like(x) for x in like]
     before = resident()
     del room
-    call(WAYS[name], inputs)
-    print(max(peak() - before, 0))
+    return before
+
+
+def above(before: int) -> int:
+    """Bytes by which the peak has been higher."""
+    return max(peak() - before, 0)
 
 
 def training(most: int, heads: int) -> None:
@@ -187,6 +200,8 @@ def crossover(cache: dict[int, float], state: dict[int, float]) -> str:
 
 def main() -> None:
     """Print both tables."""
+    from bench import recurrent_rows
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65536, help="longest sequence in training")
     parser.add_argument(
@@ -194,8 +209,18 @@ def main() -> None:
     )
     parser.add_argument("--heads", type=int, default=1, help="in training")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: training")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--rows",
+        nargs="*",
+        choices=recurrent_rows.SCORES,
+        help="instead: these rows, or all, in C++ and in PyTorch",
+    )
+    known = [*WAYS, *recurrent_rows.names()]
+    parser.add_argument("--measure", choices=known, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.measure in recurrent_rows.names():
+        recurrent_rows.measure(options.measure, options.tokens, options.heads)
+        return
     if options.measure:
         measure(options.measure, options.tokens, options.heads)
         return
@@ -207,6 +232,10 @@ def main() -> None:
         recurrent_gpu.training(options.tokens)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    if options.rows is not None:
+        rows = options.rows or list(recurrent_rows.SCORES)
+        recurrent_rows.table(options.tokens, options.heads, rows)
+        return
     training(options.tokens, options.heads)
     print()
     if options.decode:

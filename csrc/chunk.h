@@ -28,7 +28,7 @@ namespace regard::REGARD_ISA {
 
 template <class T>
 INLINE void panel(int64_t rows, T* c, Matrix<T> a, const T* b, int64_t count, bool add) {
-  panel_product<TILE_VECTORS, T>(Multiply{}, rows, c, GROUP<T>, a, b, count, add);
+  panel_product<TILE_VECTORS, T>(MultiplyApart{}, rows, c, GROUP<T>, a, b, count, add);
 }
 
 // Each vector of `rows` lines of a panel, where vectors are the lanes q of a line r.
@@ -114,7 +114,7 @@ struct Decays {
   }
 
   // 0 for keys after the query.
-  void hide(T* square, int64_t g, int64_t rows) const {
+  static void hide(T* square, int64_t g, int64_t rows) {
     const int64_t first = g * GROUP<T>;
     each_vector(square + first * ROWS + first * GROUP<T>, rows - first,
                 [&](Vec<T> x, int64_t r, int q) __attribute__((always_inline)) {

@@ -21,6 +21,55 @@
 
 namespace regard::REGARD_ISA {
 
+// The square's rows of keys times rows of queries, added.
+template <class T>
+static void add_pairs(T* to, const T* square, const T* rows, int64_t count) {
+  for (int64_t s = 0; s < count; s += GROUP<T>) {
+    const int64_t some = count - s < GROUP<T> ? count - s : GROUP<T>;
+    panel(some, to + s * GROUP<T>, by_keys(square, s, s), rows + s * GROUP<T>, count - s, true);
+  }
+}
+
+// What a decay of each token gets of pairs, P_ts dP_ts of s < u <= t, added.
+template <class T>
+static void decay_of_pairs(const T* pairs, const T* dpairs, int64_t count, T* within) {
+  T sums[ROWS] = {};  // over s < u, of each t
+  for (int64_t u = 0; u < count; ++u) {
+    Vec<T> later{};
+    for (int64_t t = u / GROUP<T> * GROUP<T>; t < count; t += W<T>) {
+      const int64_t at = t / GROUP<T> * ROWS * GROUP<T> + u * GROUP<T> + t % GROUP<T>;
+      const Bits<T> seen = from_lane<T>(t, u);
+      const Vec<T> sum = load(sums + t);
+      later += as_number<T>(as_bits<T>(sum) & seen);
+      store(sums + t, sum + as_number<T>(as_bits<T>(load(pairs + at) * load(dpairs + at)) & seen));
+    }
+    within[u] += sum<T>(later);
+  }
+}
+
+// Rows times their factors, and their products with other rows, which is what the factors' logarithms get.
+template <class T>
+static void scale_and_dot(T* rows, const T* others, const T* factor, int64_t count, T* products) {
+  for (int64_t r = 0; r < count; ++r) {
+    Vec<T> total{};
+#pragma GCC unroll 2
+    for (int q = 0; q < GROUP<T>; q += W<T>) {
+      const Vec<T> x = factor[r] == 0 ? Vec<T>{} : load(rows + r * GROUP<T> + q) * factor[r];
+      store(rows + r * GROUP<T> + q, x);
+      total += x * load(others + r * GROUP<T> + q);
+    }
+    products[r] += sum<T>(total);
+  }
+}
+
+// Of what decays of tokens enter with, leave with, and are crossed with: added to each token's own.
+template <class T>
+static void add_decays(T* dlog, const T* enters, const T* leaves, T through, int64_t count) {
+  T later = 0, earlier = 0;
+  for (int64_t u = count - 1; u >= 0; --u) later += enters[u], dlog[u] += later + through;
+  for (int64_t u = 0; u < count; ++u) dlog[u] += earlier, earlier += leaves[u];
+}
+
 template <class T>
 class RecurGrad {
  public:
@@ -64,12 +113,11 @@ class RecurGrad {
     if (p.dvalue.data) of_value();
     bring_next(1);
     for (T& x : dlog) x = 0;
-    T within[ROWS] = {};
-    if (scores && asks) of_pairs(within);
+    if (scores && asks) of_pairs();
     if (scores && asks && (p.dquery.data || p.ddecay.data)) of_query(before);
     bring_next(2);
     if (p.dkey.data || p.ddecay.data) of_key();
-    if (p.ddecay.data) of_decay(within, before);
+    if (p.ddecay.data) of_decay(before);
     bring_next(3);
     carry();
   }
@@ -83,7 +131,7 @@ class RecurGrad {
   T *above, *by_values;  // dO, dT beside it, [ROWS][pitch]; R as panels of values
   const bool asks = p.query.data;
   int64_t lane = 0, first = 0, count = 0;
-  T enters[ROWS], leaves[ROWS], dlog[ROWS];
+  T enters[ROWS] = {}, leaves[ROWS], dlog[ROWS];
 
   // Part `part` of 4 of what the next chunk, which is the one before, reads.
   void bring_next(int64_t part) const {
@@ -153,21 +201,8 @@ class RecurGrad {
   }
 
   // dA in place of dP, and what decays get of the pairs.
-  void of_pairs(T* within) {
-    if (p.ddecay.data) {
-      T sums[ROWS] = {};  // over s < u, of each t
-      for (int64_t u = 0; u < count; ++u) {
-        Vec<T> later{};
-        for (int64_t t = u / GROUP<T> * GROUP<T>; t < count; t += W<T>) {
-          const int64_t at = t / GROUP<T> * ROWS * GROUP<T> + u * GROUP<T> + t % GROUP<T>;
-          const Bits<T> seen = from_lane<T>(t, u);
-          const Vec<T> sum = load(sums + t);
-          later += as_number<T>(as_bits<T>(sum) & seen);
-          store(sums + t, sum + as_number<T>(as_bits<T>(load(pairs + at) * load(dpairs + at)) & seen));
-        }
-        within[u] = sum<T>(later);
-      }
-    }
+  void of_pairs() {
+    if (p.ddecay.data) decay_of_pairs(pairs, dpairs, count, dlog);
     for (int64_t g = 0; g < panels(); ++g) decays.weigh(dpairs, g, seen_by(g));
   }
 
@@ -178,7 +213,7 @@ class RecurGrad {
     for (int64_t c = 0; c < p.d; c += GROUP<T>) {
       T* to = changed.row_panel(c);
       panel(count, to, rows, before + c * slope.lines, slope.lines, false);
-      if (decays.given) scale_and_dot(to, query.row_panel(c), decays.enter, enters);
+      if (decays.given) scale_and_dot(to, query.row_panel(c), decays.enter, count, enters);
       for (int64_t g = 0; g < panels(); ++g) {
         const int64_t t = g * GROUP<T>, some = count - t < GROUP<T> ? count - t : GROUP<T>;
         panel(some, to + t * GROUP<T>, Matrix<T>{dpairs + t * ROWS, 1, GROUP<T>}, key.row_panel(c),
@@ -198,8 +233,8 @@ class RecurGrad {
         each_vector(to, count, [&](Vec<T> x, int64_t, int q) __attribute__((always_inline)) {
           return x + load(of + p.e * GROUP<T> + q);
         });
-      if (decays.given) scale_and_dot(to, key.row_panel(c), decays.leave, leaves);
-      if (asks) add_pairs(to, dpairs, query.row_panel(c));
+      if (decays.given) scale_and_dot(to, key.row_panel(c), decays.leave, count, leaves);
+      if (asks) add_pairs(to, dpairs, query.row_panel(c), count);
     }
     if (p.dkey.data) put_features(p.dkey, key);
   }
@@ -213,17 +248,9 @@ class RecurGrad {
         each_vector(to, count, [&](Vec<T> x, int64_t r, int) __attribute__((always_inline)) {
           return decays.leave[r] == 0 ? Vec<T>{} : x * decays.leave[r];
         });
-      if (asks) add_pairs(to, pairs, left.row_panel(c));
+      if (asks) add_pairs(to, pairs, left.row_panel(c), count);
     }
     put(p.dvalue, p.e);
-  }
-
-  // The square's rows of keys times rows of queries.
-  void add_pairs(T* to, const T* square, const T* rows) {
-    for (int64_t s = 0; s < count; s += GROUP<T>) {
-      const int64_t some = count - s < GROUP<T> ? count - s : GROUP<T>;
-      panel(some, to + s * GROUP<T>, by_keys(square, s, s), rows + s * GROUP<T>, count - s, true);
-    }
   }
 
   // Gradients of features to those of what they are made of: the slope of elu(x) + 1 is at most 1, and
@@ -244,32 +271,14 @@ class RecurGrad {
     narrower.write_rows(p, x, lane, first, count);
   }
 
-  // Rows times their factors, and their products with other rows, which is what the factors' logarithms get.
-  void scale_and_dot(T* rows, const T* others, const T* factor, T* products) {
-    for (int64_t r = 0; r < count; ++r) {
-      Vec<T> total{};
-#pragma GCC unroll 2
-      for (int q = 0; q < GROUP<T>; q += W<T>) {
-        const Vec<T> x = factor[r] == 0 ? Vec<T>{} : load(rows + r * GROUP<T> + q) * factor[r];
-        store(rows + r * GROUP<T> + q, x);
-        total += x * load(others + r * GROUP<T> + q);
-      }
-      products[r] += sum<T>(total);
-    }
-  }
-
-  void of_decay(const T* within, const T* before) {
-    T through = 0, later = 0, earlier = 0;
+  void of_decay(const T* before) {
+    T through = 0;
     if (decays.across != 0) {
       Vec<T> sums{};
       for (int64_t k = 0; k < slope.numbers; k += W<T>) sums += load(before + k) * load(slope.at + k);
       through = decays.across * sum<T>(sums);
     }
-    for (int64_t u = count - 1; u >= 0; --u) {
-      if (asks) later += enters[u];
-      dlog[u] = within[u] + later + through;
-    }
-    for (int64_t u = 0; u < count; ++u) dlog[u] += earlier, earlier += leaves[u];
+    add_decays(dlog, enters, leaves, through, count);
     write(const_cast<char*>(row_of(p, p.ddecay, lane, first)), KIND<T>, dlog, count);
   }
 

@@ -267,9 +267,10 @@ void attend_plain(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out
 // Tensors of a recurrence by place: (address, shape, strides) each, or None.
 constexpr Operand Recurrence::*const HOMES[] = {
     &Recurrence::query,  &Recurrence::key,    &Recurrence::value,  &Recurrence::decay,
-    &Recurrence::state,  &Recurrence::output, &Recurrence::after,  &Recurrence::left,
-    &Recurrence::dafter, &Recurrence::dquery, &Recurrence::dkey,   &Recurrence::dvalue,
-    &Recurrence::ddecay, &Recurrence::dstate,
+    &Recurrence::read,   &Recurrence::write,  &Recurrence::state,  &Recurrence::output,
+    &Recurrence::after,  &Recurrence::left,   &Recurrence::dafter, &Recurrence::dquery,
+    &Recurrence::dkey,   &Recurrence::dvalue, &Recurrence::ddecay, &Recurrence::dread,
+    &Recurrence::dwrite, &Recurrence::dstate,
 };
 
 Recurrence recurrence(nb::tuple batch, nb::tuple sizes, int kind, std::optional<double> eps,
@@ -297,6 +298,8 @@ void recur(Recurrence& p, uintptr_t total, uintptr_t kept, uintptr_t sketch, int
   p.sketch = reinterpret_cast<void*>(sketch);
   const bool back = p.left.data || p.dafter.data;
   const ChunkKernels& of = *kernels().chunks;
+  if (p.read.data || (p.decay.data && p.decay.column))
+    return run(back ? of.delta_grad : of.delta, p, threads);
   if (p.pieces > 1) run(back ? of.sketch_grad : of.sketch, p, threads);
   run(back ? of.recur_grad : of.recur, p, threads);
 }

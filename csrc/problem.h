@@ -112,20 +112,21 @@ struct Recurrence : Batch {
   double eps = 0;
   bool elu = false;  // whether queries and keys are given before elu(x) + 1
   Operand query;              // null where the state alone is wanted
-  Operand key, value, decay;  // decay: [.., n or 1, 1], null without
+  Operand key, value, decay;  // decay: [.., n or 1, 1 or d], null without
+  Operand read, write;        // what is erased: a and b of delta.h, null without
   Operand state, after;       // the state before and after all tokens, [.., d, e + sums]
   Operand output;
   void* total = nullptr;  // [lanes, n]: what outputs are divided by
   void* kept = nullptr;   // the state before each chunk, as chunk.h has it, or null
 
   // Pieces of a lane's chunks that are done side by side; `sketch` has for each half of one what it does to
-  // a state.
+  // a state. In delta.h pieces of its columns of values.
   int64_t pieces = 1;
   void* sketch = nullptr;
 
   // Backward: what came in, and what goes out for each lane (data is null where it is not wanted).
   Operand left, dafter;
-  Operand dquery, dkey, dvalue, ddecay, dstate;
+  Operand dquery, dkey, dvalue, ddecay, dread, dwrite, dstate;
 };
 
 // One build of the kernels: `items` pieces of work, each with `scratch` bytes of its own.
@@ -138,8 +139,9 @@ struct KernelOf {
 using Kernel = KernelOf<Problem>;
 
 struct ChunkKernels {
-  KernelOf<Recurrence> sketch, recur, sketch_grad, recur_grad;
-  int64_t (*state_numbers)(const Recurrence&);  // of a state as chunk.h has it
+  KernelOf<Recurrence> sketch, recur, sketch_grad, recur_grad;  // chunk.h
+  KernelOf<Recurrence> delta, delta_grad;                       // delta.h
+  int64_t (*state_numbers)(const Recurrence&);  // of a state as these have it
 };
 
 struct Kernels {

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
+from recurrences import HOWS, INF, LAYOUTS, WEIGHTS, Case, assert_same, results
 from test_kernel import run
 from torch.utils.checkpoint import checkpoint
 
-from regard import Causal, Documents, Features, Identity, RowSum, attention, recur
-from regard.feature_map import identity
+from regard import Causal, Documents, Features, RowSum, attention, recur
 from regard.form import scan
 from regard.form.chunks import Tokens
 from regard.kernel import extension, recurrence
@@ -20,9 +19,6 @@ from regard.kernel.recurrence import How
 CPU = extension.load()
 pytestmark = pytest.mark.skipif(CPU is None, reason="the compiled kernels are not installed")
 ISAS = [] if CPU is None else CPU.isas()
-EPS = torch.finfo(torch.float64).eps
-INF = torch.inf
-WEIGHTS = How(None)
 NAMES = ("query", "key", "value", "log_decay", "state")
 
 
@@ -30,69 +26,6 @@ NAMES = ("query", "key", "value", "log_decay", "state")
 def one_thread_again():
     yield
     torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A recurrence of random tokens; lanes of queries, of keys, and of decays."""
-
-    n: int
-    d: int = 4
-    e: int = 3
-    decay: str = "none"
-    how: How = WEIGHTS
-    lanes: tuple[tuple[int, ...], ...] = ((2,), (2,), (2,))
-
-    def draw(self) -> list[torch.Tensor | None]:
-        """Query, key, value, decay and state, in float64."""
-        draw = torch.Generator().manual_seed(self.n + self.d)
-        queries, keys, decays = self.lanes
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=draw, dtype=torch.float64)
-
-        # Positive features, so that sums that divide are far from 0: a query of one channel cancels
-        # in its row, and terms of 1 / query in its gradient.
-        query, key = (normal(*lanes, self.n, self.d).abs() + 0.1 for lanes in (queries, keys))
-        value, each = normal(*keys, self.n, self.e), -normal(*decays, self.n, 1).abs()
-        decay = {
-            "none": None,
-            "head": each[..., :1, :] / 9,
-            "token": each / 9,
-            "strong": torch.where(each < -1, -1e4, each / 9),
-            "forgets": torch.where(each < -1.5, -INF, torch.where(each > -0.5, 0.0, each)),
-        }[self.decay]
-        batch = keys if decay is None else torch.broadcast_shapes(keys, decays)
-        state = normal(*batch, self.d, self.e + (self.how.eps is not None)).abs()
-        return [query, key, value, decay, state]
-
-
-def results(case: Case, function, given=None) -> dict[str, torch.Tensor]:
-    """Output, state and all gradients of a sum that weighs each number of both."""
-    given = case.draw() if given is None else given
-    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in given]
-    *tokens, state = leaves
-    output, after = function(Tokens(*tokens), state, case.how)
-    draw = torch.Generator().manual_seed(0)
-    above = [torch.randn(x.shape, generator=draw, dtype=x.dtype) for x in (output, after)]
-    learned = {name: x for name, x in zip(NAMES, leaves, strict=True) if x is not None}
-    found = torch.autograd.grad((output, after), list(learned.values()), above)
-    return {"output": output, "after": after, **dict(zip(learned, found, strict=True))}
-
-
-def assert_same(case: Case, given=None) -> None:
-    """To rounding: sums of n tokens and d channels, relative to the largest number of a tensor."""
-    got, wanted = (results(case, f, given) for f in (scan.scan, scan.in_pytorch))
-    for name, reference in wanted.items():
-        assert got[name].shape == reference.shape
-        assert torch.isfinite(got[name]).all(), name
-        bound = (
-            4 * (case.n + case.d + case.e) * EPS * max(1.0, float(reference.detach().abs().max()))
-        )
-        assert float((got[name] - reference).detach().abs().max()) <= bound, name
-
-
-HOWS = {"weights": WEIGHTS, "sums": How(0.0), "elu, eps": How(1e-6, elu=True)}
 
 
 @pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
@@ -152,18 +85,6 @@ def test_threads_may_change_rounding_and_nothing_else(n, decay, threads, monkeyp
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-LAYOUTS = {
-    "heads inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "columns": lambda x: x.mT.contiguous().mT,
-    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
-    "every second row": lambda x: torch.stack([x, x], -2)[..., 0, :],
-    "odd address": lambda x: torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape),
-    "one lane": lambda x: x[:1].expand(x.shape),
-    "one row": lambda x: x[..., :1, :].expand(x.shape),
-    "negative": lambda x: torch.complex(x, -x).conj().imag,
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(layout):
     case = Case(70, 8, 6, "token", How(1e-6))
@@ -187,7 +108,7 @@ def test_layouts(layout):
 def test_one_gradient_alone(wanted):
     case, found = Case(130, 5, 7, "token", How(1e-6)), []
     for function in (scan.scan, scan.in_pytorch):
-        given = dict(zip(NAMES, case.draw(), strict=True))
+        given = dict(zip(case.names, case.draw(), strict=True))
         leaf = given[wanted] = given[wanted].requires_grad_()
         *tokens, state = given.values()
         output, after = function(Tokens(*tokens), state, case.how)
@@ -346,11 +267,8 @@ class Own(torch.Tensor):
 
 def test_what_the_kernels_do_not_do_runs_in_pytorch_and_is_said():
     query, key, value = torch.randn(3, 2, 70, 4, dtype=torch.float64).unbind(0)
-    channels = Features(log_decay=-torch.rand(2, 70, 4, dtype=torch.float64))
-    erasing = Features(identity, beta=0.1)
-    for score, reason in ((channels, scan.BY_CHANNEL), (erasing, scan.ERASING)):
-        A = attention(query, key, score=score, mask=Causal(), normalizer=Identity())
-        assert f"in PyTorch ({reason})" in A.explain(value).kernel
+    A = attention(*[torch.randn(*7 * [1], 70, 4)] * 2, score=Features(), mask=Causal())
+    assert f"in PyTorch ({scan.AXES})" in A.with_normalizer(RowSum()).explain().kernel
     given = Tokens(query, key, value)
     assert scan.needs(given) is None
     assert scan.needs(given._replace(key=key.as_subclass(Own))) is not None

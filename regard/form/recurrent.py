@@ -29,6 +29,7 @@ from regard.form.chunks import Tokens
 from regard.form.groups import Groups
 from regard.form.past import Past, past
 from regard.form.tiles import compute_dtype
+from regard.form.unknown import without_nan
 from regard.kernel import cpu, recurrence
 from regard.kernel.recurrence import How
 from regard.normalizer import Identity, Normalizer, RowSum, Softmax
@@ -156,13 +157,14 @@ def kernel(matrix: Attention) -> tuple[str, int, int]:
     d, lanes = _features(matrix), math.prod(matrix.shape[:-2])
     if not _causal(matrix):
         return "one state of all keys, in PyTorch", lanes * d * d * size, 1
+    erases = isinstance(score, Features) and score.erases
+    by_channel = isinstance(score, Features) and score.by_channel
     reason = scan.needs_of(matrix)
     if reason is None:
         how = f"a state and chunks of tokens, in C++ for {cpu.instruction_set()}"
-        e = matrix.key.shape[-1]
-        return how, lanes * recurrence.state_bytes(matrix.shape[-1], d, e, size), chunks.CHUNK
-    erases = isinstance(score, Features) and score.erases
-    by_channel = isinstance(score, Features) and score.by_channel
+        n, e = matrix.shape[-1], matrix.key.shape[-1] + (scan.eps(matrix.normalizer) is not None)
+        apart = erases or by_channel
+        return how, lanes * recurrence.state_bytes(n, d, e, size, sums_apart=apart), chunks.CHUNK
     on_gpu = chunks_gpu.kernel(matrix.query.device, matrix.shape[-1], erases, by_channel)
     if on_gpu.states:
         return on_gpu.said, lanes * on_gpu.states * d * d * size, chunks_gpu.CHUNK
@@ -186,8 +188,12 @@ def flops(matrix: Attention, out: int) -> int:
     rows, chunk = min(n, tokens), min(chunks.CHUNK, max(tokens, 1))
     once = rows * (chunk * (d + e) + d * e) + tokens * d * e
     if isinstance(matrix.score, Features) and matrix.score.erases:
-        solved = chunk * (5 * d + 3 * e) // 2 + d * d + d * e + d * d * e // chunk
-        once += rows * (chunk * (d + e) + d * e) + tokens * solved
+        if scan.needs_of(matrix) is None:
+            solved, answered = chunk * (4 * d + 3 * e) // 2 + 2 * d * e, chunk * (d + e)
+        else:  # what a chunk does to any state, so that all are done at once
+            solved = chunk * (5 * d + 3 * e) // 2 + d * d + d * e + d * d * e // chunk
+            answered = chunk * (d + e) + d * e
+        once += rows * answered + tokens * solved
     return 2 * lanes * once
 
 
@@ -356,18 +362,21 @@ def _since_start(
     assert offset is not None
     n = query.shape[-2]
     before, early, last = max(offset, 0), min(max(-offset, 0), n), max(n + offset, 0)
-    lined = tokens._replace(query=None).lengthened(last)
+    lined, met = tokens._replace(query=None).lengthened(last), None
     if found.begins is not None:
-        begins = F.pad(found.begins[..., early:], (before, 0))[..., None]
+        begins = groups.split(F.pad(found.begins[..., early:], (before, 0))[..., None])
+        lined, met = without_nan(lined, begins, begun=given is not None)
         decay = query.new_zeros(1, 1) if lined.log_decay is None else lined.log_decay
-        decay = torch.where(groups.split(begins), -torch.inf, decay)
-        lined = lined._replace(log_decay=decay)
+        lined = lined._replace(log_decay=torch.where(begins, -torch.inf, decay))
     state = _begun(lined, given, groups, sums=how.eps is not None)
     if before:
         _, state = scan.scan(lined.part(slice(0, before)), state, how)
     rest = lined.part(slice(before, last))._replace(query=query[..., early:, :])
     output, state = scan.scan(rest, state, how)
     assert output is not None
+    if met is not None:
+        output = torch.where(met[..., before:, :], torch.nan, output)
+        state = torch.where(met[..., -1:, :], torch.nan, state)
     return F.pad(output, (0, 0, early, 0)) if early else output, state
 
 

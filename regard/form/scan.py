@@ -1,14 +1,15 @@
 """A recurrence over its tokens, in C++ where there is a kernel for it, else in PyTorch.
 
-The kernels know linear attention and one decay for all channels of a token or for all tokens, on a
-CPU. Erasing, and a decay of each channel, run in `chunks`, and so does all that differentiates in
-other ways than backwards: second derivatives, forward mode, `torch.func`.
-reference  regard/form/chunks.py        kernels  csrc/chunk.h, csrc/chunk_grad.h
+The kernels know every recurrence of `chunks`, on a CPU. What differentiates in other ways than
+backwards runs there: second derivatives, forward mode, `torch.func`.
+reference  regard/form/chunks.py        kernels  csrc/chunk.h, csrc/delta.h
 memory     of the kernels: inputs, outputs, for a backward pass a state for each chunk of tokens
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 BATCH_AXES = 6
 DTYPES = (torch.float32, torch.float64)
 TENSORS = (Tensor, torch.nn.Parameter)
-ERASING, BY_CHANNEL = "erasing", "a decay for each channel"
 IN_TRITON = "Triton, which was asked for"
 AXES = f"more than {BATCH_AXES} batch and head axes, one of them for heads that share a key"
 KERNELS = extension.load()
+Scan = Callable[[Tokens, Tensor], tuple[Tensor | None, Tensor]]
 
 
 def scan(tokens: Tokens, state: Tensor, how: How) -> tuple[Tensor | None, Tensor]:
@@ -46,7 +47,9 @@ def scan(tokens: Tokens, state: Tensor, how: How) -> tuple[Tensor | None, Tensor
     """
     if tokens.key.shape[-2] < 2 or needs(tokens) is not None:
         return in_pytorch(tokens, state, how)
-    given = Inputs(tokens.query, tokens.key, tokens.value, tokens.log_decay, state)
+    given = Inputs(*tokens, state)
+    if given.sums_apart and how != How(None):
+        return _around(partial(scan, how=How(None)), tokens, state, how)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         run: Any = _Scan.apply  # torch leaves its type out
         output, after = run(how, *given)
@@ -83,11 +86,9 @@ def eps(normalizer: Normalizer) -> float | None:
 
 def needs(tokens: Tokens) -> str | None:
     """What keeps a recurrence from the kernels, or None."""
-    key, decay, given = tokens.key, tokens.log_decay, [x for x in tokens if x is not None]
+    key, given = tokens.key, [x for x in tokens if x is not None]
     reasons = {
         IN_TRITON: chunks_gpu.runs(tokens),
-        ERASING: tokens.read is not None,
-        BY_CHANNEL: decay is not None and decay.shape[-1] > 1,
         "tensors of a class of their own": any(type(x) not in TENSORS for x in given),
         "numbers of other kinds": any(x.dtype != key.dtype for x in given),
         "no channels": 0 in (key.shape[-1], tokens.value.shape[-1]),
@@ -105,8 +106,6 @@ def needs_of(matrix: Attention) -> str | None:
     )
     if chunks_gpu.lacks(matrix.device, erases=erases, by_channel=by_channel) is None:
         return IN_TRITON
-    if erases or by_channel:
-        return ERASING if erases else BY_CHANNEL
     # Heads that share a key have an axis of their own.
     if len(matrix.shape) - 2 + 1 > BATCH_AXES:
         return AXES
@@ -124,12 +123,17 @@ def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def in_pytorch(tokens: Tokens, state: Tensor, how: How) -> tuple[Tensor | None, Tensor]:
     """The same in chunks of PyTorch."""
+    return _around(chunks.scan, tokens, state, how)
+
+
+def _around(run: Scan, tokens: Tokens, state: Tensor, how: How) -> tuple[Tensor | None, Tensor]:
+    """`run`, with features made before it, and sums divided after it."""
     if how.elu:
         query = None if tokens.query is None else elu_plus_one(tokens.query)
         tokens = tokens._replace(query=query, key=elu_plus_one(tokens.key))
     if how.eps is None:
-        return chunks.scan(tokens, state)
-    output, after = chunks.scan(with_ones(tokens), state)
+        return run(tokens, state)
+    output, after = run(with_ones(tokens), state)
     return None if output is None else divided(output, how.eps), after
 
 
