@@ -4,12 +4,15 @@
 const thumbs = new Map();
 /** What heads can be ordered by; a statistic that no layer has is left out. */
 const STATISTICS = [
-  { id: "keys", order: "effective keys", format: (x) => `${number3(x)} keys` },
-  { id: "distance", order: "mean distance", format: (x) => `${number3(x)} away` },
+  { id: "keys", order: "effective keys", format: (x) => `${short(x)} ${short(x) === "1" ? "key" : "keys"}` },
+  { id: "distance", order: "mean distance", format: (x) => `${short(x)} away` },
   { id: "special", order: "weight on special tokens", format: (x) => `${percent(x)} spec` },
   { id: "first", order: "weight on the first token", format: (x) => `${percent(x)} first` },
   { id: "sink", order: "weight on the sink", format: (x) => `${percent(x)} sink` },
 ];
+
+/** What fits under a thumbnail. @param {number} x */
+function short(x) { return x < 0.95 ? x.toFixed(1) : number3(x); }
 
 /** @param {number} x */
 function percent(x) { return `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}%`; }
