@@ -31,8 +31,10 @@ class ChannelSlopes : public ChannelDecays<T> {
   }
 
   void begin() {
-    for (T* x : {dlog.rows, sums[0], sums[1], sums[2], sums[3]})
-      for (int64_t k = 0; k < ROWS * padded; k += W<T>) store(x + k, Vec<T>{});
+    for (int64_t k = 0; k < ROWS * padded; k += W<T>) {
+      store(dlog.rows + k, Vec<T>{});
+      for (T* x : sums) store(x + k, Vec<T>{});
+    }
   }
 
   // Gradients of rows as they enter the chunk or leave it to those of the rows.

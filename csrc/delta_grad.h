@@ -134,6 +134,10 @@ class DeltaGrad : public DeltaChunk<T, Slopes> {
           Base::substitute(rows, s, square + place<T>(s, s + 1), 1, s + 1, seen);
       }
     }
+    // No token, no gradient: columns beside the last one are lanes of pairs.
+    for (int64_t j = 0; j < columns.panels; ++j)
+      for (int64_t t = count; t < round_up(count, GROUP<T>); ++t)
+        for (int q = 0; q < GROUP<T>; q += W<T>) store(wanted.row_panel(j * GROUP<T>) + t * GROUP<T> + q, Vec<T>{});
     wanted.rows_to_columns();
   }
 

@@ -23,6 +23,7 @@
 
 #include "parallel.h"
 #include "problem.h"
+#include "scratch.h"
 
 namespace nb = nanobind;
 
@@ -89,24 +90,6 @@ const Kernels& kernels() {
 // there would wait for them for ever. A child works alone, as torch's data loaders do.
 bool forked = false;
 
-class Scratch {
- public:
-  void* at_least(size_t bytes) {
-    if (bytes > size) {
-      std::free(memory);
-      memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-      size = memory ? bytes : 0;
-    }
-    return memory;
-  }
-  ~Scratch() { std::free(memory); }
-
- private:
-  void* memory = nullptr;
-  size_t size = 0;
-};
-thread_local Scratch scratch_of_thread;
-
 template <class P>
 void run(const KernelOf<P>& kernel, const P& p, int threads) {
   const int64_t items = kernel.items(p);
@@ -116,7 +99,7 @@ void run(const KernelOf<P>& kernel, const P& p, int threads) {
   if (team == 1) {  // a region of one thread costs a small call a microsecond
     void* memory = scratch_of_thread.at_least(bytes);
     if (bytes && !memory) throw std::bad_alloc();
-    for (int64_t item = 0; item < items; ++item) kernel.run(p, item, memory);
+    for (int64_t item = 0; item < items; ++item) run_one(kernel, p, item, memory, bytes);
     return;
   }
   std::atomic<bool> starved = false;
@@ -128,7 +111,7 @@ void run(const KernelOf<P>& kernel, const P& p, int threads) {
       return;
     }
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-      kernel.run(p, item, memory);
+      run_one(kernel, p, item, memory, bytes);
   });
   if (starved) throw std::bad_alloc();
 }
